@@ -1,0 +1,175 @@
+"""The nouns of a conversation: messages, sampling, what a runtime streams back, and chat templates."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from edgeft.errors import ModelError, require
+
+Message = Mapping[str, Any]
+"""One chat message: `role` ("system", "user", "assistant", "tool"), `content`, optionally `tool_calls`."""
+
+TokenIds = list[int]
+
+FinishReason = Literal["stop", "length", "cancel"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0 is greedy and ignores the other choices.
+
+    `json_schema` constrains the whole answer; `top_logprobs` asks for that many alternatives per token.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    json_schema: Mapping[str, Any] | None = None
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one generation cost. Times in seconds, measured with a monotonic clock."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    """Prompt tokens whose keys and values were still in the cache."""
+    completion_tokens: int
+    ttft_s: float
+    """From the call to the first token."""
+    decode_s: float
+    """From the first token to the last."""
+    finish_reason: FinishReason
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Decode speed; the first token belongs to the prefill and is not counted."""
+        return (self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "completion_tokens": self.completion_tokens,
+            "ttft_ms": round(self.ttft_s * 1000, 1),
+            "decode_tokens_per_s": round(self.decode_tokens_per_s, 2),
+            "finish_reason": self.finish_reason,
+        }
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One step of a stream. `text` may be empty while a character or a stop string is still incomplete."""
+
+    text: str
+    token: int | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(token id, natural-log probability), most probable first."""
+    usage: Usage | None = None
+    """Set on the last delta only."""
+
+
+class Cancel:
+    """A switch any thread can throw; a runtime looks at it between tokens and inside the prompt phase."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A model's own Jinja template. Rendering runs in a sandbox: templates come from strangers."""
+
+    source: str
+    bos_token: str = ""
+    eos_token: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Text of the conversation as the model expects it.
+
+        Raises:
+            ModelError: when the template refuses the messages or cannot be parsed.
+        """
+        jinja2 = require("jinja2", "device")
+        try:
+            template = _environment().from_string(self.source)
+            return str(
+                template.render(
+                    messages=list(messages),
+                    tools=list(tools) if tools else None,
+                    add_generation_prompt=add_generation_prompt,
+                    bos_token=self.bos_token,
+                    eos_token=self.eos_token,
+                    **self.extra,
+                )
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ModelError(f"the chat template cannot render this conversation: {error}") from error
+
+
+_cached_environment: Any = None
+
+
+def _environment() -> Any:
+    """Same switches as transformers' `_compile_jinja_template`, so both render the same text."""
+    global _cached_environment
+    if _cached_environment is None:
+        import json
+        from datetime import datetime
+
+        jinja2 = require("jinja2", "device")
+        sandbox = require("jinja2.sandbox", "device")
+
+        def raise_exception(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+        environment = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_extension()]
+        )
+        environment.filters["tojson"] = tojson
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        _cached_environment = environment
+    return _cached_environment
+
+
+def _generation_extension() -> type:
+    """`{% generation %}…{% endgeneration %}` marks assistant text for training; here it is transparent."""
+    ext = require("jinja2.ext", "device")
+    nodes = require("jinja2.nodes", "device")
+
+    class Generation(ext.Extension):  # type: ignore[misc, name-defined]
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    return Generation

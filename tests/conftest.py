@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def user_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test sees or touches the user's own files."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("EDGEFT_HOME", str(home))
+    for name in [
+        name for name in os.environ if name.startswith("EDGEFT_") and name not in ("EDGEFT_HOME", "EDGEFT_TEST_CACHE")
+    ]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return home
+
+
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    """Downloads that tests share and keep between runs (packages by name, never committed)."""
+    folder = Path(os.environ.get("EDGEFT_TEST_CACHE", Path(__file__).parent.parent / ".cache"))
+    folder.mkdir(exist_ok=True)
+    return folder
