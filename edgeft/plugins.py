@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from edgeft.artifact import Artifact
 from edgeft.chat import Cancel, Delta, Message, Sampling, TokenIds
-from edgeft.errors import PluginError
+from edgeft.errors import PluginError, require
 from edgeft.progress import Progress
 
 if TYPE_CHECKING:
@@ -226,11 +225,14 @@ def load(family: Family, name: str) -> Any:
     target = BUILT_IN[family].get(name)
     if target is not None:
         module, attribute = target.split(":")
-        return getattr(importlib.import_module(module), attribute)
+        return getattr(require(module, _EXTRA[family]), attribute)
     for point in _entry_points(family):
         if point.name == name:
             return _load_third_party(family, point)
     raise PluginError(f"no {family[:-1]} named {name!r}", f"There are: {', '.join(names(family))}.")
+
+
+_EXTRA: Mapping[Family, str] = {"converters": "export", "runtimes": "device", "devices": "device"}
 
 
 def _load_third_party(family: Family, point: EntryPoint) -> Any:
