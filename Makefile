@@ -1,0 +1,62 @@
+# Everything runs in a virtual environment of its own; nothing needs a compiler or a GPU.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo install dev test test-slow lint types check docs bench-export bench-train bench-runtime parity kill clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: install ## train, export and run a real model (about ten minutes on two cores)
+	$(BIN)/edgeft demo
+
+install: $(VENV)/.installed-train ## a virtual environment that can train, export and run
+
+dev: $(VENV)/.installed-dev ## the same, with what tests and checks need
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+test: dev ## run the tests
+	$(BIN)/pytest -m "not slow"
+
+test-slow: dev ## run the slow tests too: kills, soak
+	$(BIN)/pytest
+
+lint: dev ## style, and the generated pages are up to date
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python docs/generate.py --check
+
+types: dev ## static types
+	$(BIN)/mypy edgeft converters runtimes devices
+
+check: lint types test ## everything a change must pass
+
+docs: dev ## write the generated pages again
+	$(BIN)/python docs/generate.py
+
+bench-export: dev ## one-pass export against merge, convert, quantize
+	$(BIN)/python benchmarks/export.py
+
+bench-train: dev ## training against the usual recipe
+	$(BIN)/python benchmarks/train.py
+
+bench-runtime: dev ## decoding against the bare binding (builds llama-cpp-python)
+	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
+	$(BIN)/python benchmarks/runtime.py
+
+parity: dev ## every tensor against llama.cpp's own converter and quantizer
+	$(BIN)/python benchmarks/parity.py
+
+kill: dev ## twenty kills of training and of export
+	$(BIN)/python benchmarks/kill_train.py
+	$(BIN)/python benchmarks/kill_export.py
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
