@@ -58,7 +58,7 @@ SCHEMA: tuple[Key, ...] = (
     Key("train.rank", int, 16, "Rank of the adapter.", minimum=1),
     Key("train.learning-rate", float, 0.0, "0: chosen by method.", minimum=0),
     Key("export.target", str, "gguf-q4", "Export target when --to is not given."),
-    Key("models.offline", bool, False, "Never use the network; HF_HUB_OFFLINE does the same."),
+    Key("models.offline", bool, False, "Never use the network; for hf: models HF_HUB_OFFLINE does the same."),
 )
 KEYS: Mapping[str, Key] = {key.name: key for key in SCHEMA}
 

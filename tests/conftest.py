@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -23,3 +24,23 @@ def cache() -> Path:
     folder = Path(os.environ.get("EDGEFT_TEST_CACHE", Path(__file__).parent.parent / ".cache"))
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(cache: Path) -> Path:
+    """The real SmolLM2-135M-Instruct as GGUF (Q4_1), fetched once through the ordinary command's code."""
+    return _resolved(cache, "gguf")
+
+
+@pytest.fixture(scope="session")
+def smollm2_hf(cache: Path, smollm2_gguf: Path) -> Path:
+    """The same model imported into a Hugging Face directory (bfloat16)."""
+    return _resolved(cache, "hf")
+
+
+def _resolved(cache: Path, want: Literal["hf", "gguf"]) -> Path:
+    from edgeft.models import resolve
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEFT_HOME", str(cache / "home"))
+        return resolve("smollm2-135m", want=want).path
