@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edgeft import __version__
-from edgeft.errors import require
+from edgeft.errors import UnsupportedModel, require
+from edgeft.models.gguf_header import GgufHeader, read_header
 from edgeft.models.store import SIDECAR, atomic_directory, imports_dir, locked, read_sidecar
-from edgeft.paths import sha256_file, write_json
+from edgeft.models.tokenizer_rules import apply_rule
+from edgeft.paths import sha256_file, write_json, write_text
 from edgeft.progress import Progress, Silent
 
-_MACHINE_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "local_files_only", "gguf_file")
+RECIPE = 2
+"""Part of an import's folder name: raised when imports come out differently, so that old ones are not taken for new."""
+
+_MACHINE_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "local_files_only", "is_local", "gguf_file")
 """What transformers leaves in its JSON files about the machine it ran on."""
+
+_STOP_KEYS = ("eos", "eot", "eom")
+"""Kinds of end tokens a GGUF can name (`tokenizer.ggml.<kind>_token_id`)."""
 
 
 def imported(file: Path, progress: Progress | None = None) -> Path:
     """The Hugging Face directory of a GGUF, made on first use and kept in the store.
 
     Raises:
-        ModelError: the GGUF is damaged or of an architecture transformers cannot read.
+        ModelError: the GGUF is damaged, or of an architecture or tokenizer that cannot be imported.
         MissingDependency: torch or transformers is not installed.
     """
+    read_header(file)
     digest = sha256_file(file)
-    folder = imports_dir() / f"{_slug(file.stem)}-{digest[:12]}"
+    folder = imports_dir() / f"{_slug(file.stem)}-{digest[:12]}-r{RECIPE}"
     with locked(folder.name):
         if not (folder / "config.json").is_file():
             import_gguf(file, folder, progress=progress, sha256=digest)
@@ -40,33 +51,52 @@ def import_gguf(file: Path, out: Path, *, progress: Progress | None = None, sha2
     """Dequantize a GGUF into a Hugging Face directory in bfloat16.
 
     Raises:
-        ModelError: the GGUF is damaged or of an architecture transformers cannot read.
+        ModelError: the GGUF is damaged, or of an architecture or tokenizer that cannot be imported.
         MissingDependency: torch or transformers is not installed.
         WriteError: `out` cannot be written, or exists already.
     """
+    header = read_header(file)
     progress = progress or Silent()
     progress.start(f"Importing {file.name}", 3, "steps")
     try:
-        with atomic_directory(out) as folder:
-            _save_weights(file, folder)
+        with atomic_directory(out) as folder, _quiet():
+            _save_tokenizer(header, folder)
             progress.advance(1, "weights")
-            _save_tokenizer(file, folder)
-            progress.advance(1, "tokenizer")
-            _clean(folder)
-            write_json(folder / SIDECAR, _origin(file, sha256 or sha256_file(file)))
+            _save_weights(header, folder)
+            progress.advance(1, "digest")
+            _finish(header, folder)
+            write_json(folder / SIDECAR, _origin(header, sha256 or sha256_file(file)))
             progress.advance(1)
     finally:
         progress.finish()
     return out
 
 
-def _save_weights(file: Path, folder: Path) -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars of transformers: edgeft shows its own progress."""
+    require("torch", "train")
+    logging = require("transformers.utils.logging", "train")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _save_weights(header: GgufHeader, folder: Path) -> None:
     torch = require("torch", "train")
     transformers = require("transformers", "train")
+    file = header.path
     plan = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=plan, local_files_only=True
-    )
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=plan, local_files_only=True
+        )
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise _unsupported(header, error) from error
     # It is dequantized now, but still says it is quantized, and saving would ask the quantizer.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -77,27 +107,64 @@ def _save_weights(file: Path, folder: Path) -> None:
         weights.chmod((folder / "config.json").stat().st_mode)
 
 
-def _save_tokenizer(file: Path, folder: Path) -> None:
+def _save_tokenizer(header: GgufHeader, folder: Path) -> None:
     transformers = require("transformers", "train")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    file = header.path
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    except (ValueError, KeyError, NotImplementedError, AttributeError, TypeError) as error:
+        raise _unsupported(header, error) from error
     tokenizer.save_pretrained(folder)
+    document = folder / "tokenizer.json"
+    content = json.loads(document.read_text(encoding="utf-8"))
+    corrected = apply_rule(content, str(header.metadata.get("tokenizer.ggml.model")), header.tokenizer_pre)
+    write_text(document, json.dumps(corrected, ensure_ascii=False))
+    if header.chat_template is not None:
+        write_text(folder / "chat_template.jinja", header.chat_template)
 
 
-def _clean(folder: Path) -> None:
+def _unsupported(header: GgufHeader, error: Exception) -> UnsupportedModel:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UnsupportedModel(
+        f"{header.path} ({header.architecture}) cannot be imported: {reason}",
+        "Give the original Hugging Face directory instead.",
+    )
+
+
+def _finish(header: GgufHeader, folder: Path) -> None:
+    """Take out what belongs to this machine, put in what transformers did not carry over."""
     for file in folder.glob("*.json"):
-        if file.name == "tokenizer.json":
-            continue
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, {key: value for key, value in content.items() if key not in _MACHINE_KEYS})
+        if file.name != "tokenizer.json":
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            content = {key: value for key, value in content.items() if key not in _MACHINE_KEYS}
+            write_json(file, {**content, **_corrections(header, file.name)})
 
 
-def _origin(file: Path, sha256: str) -> dict[str, Any]:
-    beside = read_sidecar(file.parent)
-    same = beside.get("sha256") == sha256
+def _corrections(header: GgufHeader, name: str) -> dict[str, Any]:
+    if name == "tokenizer_config.json" and header.context_length:
+        return {"model_max_length": header.context_length}
+    stops = stop_token_ids(header)
+    if name == "generation_config.json" and stops:
+        return {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+    return {}
+
+
+def stop_token_ids(header: GgufHeader) -> list[int]:
+    """Every token that the GGUF says ends a turn, the model's EOS first."""
+    found = (header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in _STOP_KEYS)
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def _origin(header: GgufHeader, sha256: str) -> dict[str, Any]:
+    beside = read_sidecar(header.path.parent)
+    known = beside if beside.get("sha256") == sha256 else {}
     return {
-        "imported_from": file.name,
+        "imported_from": header.path.name,
         "sha256": sha256,
-        "source": beside.get("source") if same else None,
-        "licence": beside.get("licence") if same else None,
+        "source": known.get("source"),
+        "licence": known.get("licence") or header.licence,
+        "tokenizer_pre": header.tokenizer_pre,
+        "type_mix": header.type_mix,
+        "bits_per_weight": round(header.bits_per_weight, 3),
         "edgeft_version": __version__,
     }

@@ -3,7 +3,7 @@
 models/
   .locks/                       one empty file per name that is being written
   smollm2-135m/                 an alias: its GGUF and edgeft.json (origin, digest, licence)
-  imported/<name>-<digest>/     Hugging Face directories made from GGUF files
+  imported/<name>-<digest>-rN/  Hugging Face directories made from GGUF files
   hub/                          huggingface_hub's own cache layout, so its downloads resume
 """
 
