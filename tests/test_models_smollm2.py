@@ -82,9 +82,14 @@ def test_special_tokens_survive(smollm2_hf: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.embed_tokens", "model.layers.3.self_attn.q_proj", "model.layers.7.mlp.up_proj"]
+    ("name", "own"),
+    [
+        ("model.embed_tokens", "token_embd.weight"),
+        ("model.layers.3.self_attn.q_proj", "blk.3.attn_q.weight"),
+        ("model.layers.7.mlp.up_proj", "blk.7.ffn_up.weight"),
+    ],
 )
-def test_weights_are_the_dequantized_ones(smollm2_hf: Path, smollm2_gguf: Path, name: str) -> None:
+def test_weights_are_the_dequantized_ones(smollm2_hf: Path, smollm2_gguf: Path, name: str, own: str) -> None:
     import gguf
     import torch
     from safetensors import safe_open

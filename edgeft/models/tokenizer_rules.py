@@ -57,7 +57,7 @@ def apply_rule(tokenizer: dict[str, Any], model: str, rule: str | None) -> dict[
     """
     if model != "gpt2":
         return tokenizer
-    if rule not in _RULES:
+    if rule is None or rule not in _RULES:
         raise UnsupportedModel(
             f"the tokenizer splits text by the rule {rule!r}, which edgeft cannot import",
             f"It can import {', '.join(_RULES)}; for other models give the original Hugging Face directory.",

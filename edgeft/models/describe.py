@@ -1,0 +1,85 @@
+"""What a model really is, read from its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgeft.errors import ModelError, Unreachable
+from edgeft.models import packages
+from edgeft.models.aliases import ALIASES
+from edgeft.models.gguf_header import read_header
+from edgeft.models.references import ResolvedModel, resolve
+
+
+def describe(reference: str) -> dict[str, Any]:
+    """Facts about a model that is on this machine.
+
+    Raises:
+        Unreachable: an alias that was not pulled yet.
+        UsageError, ModelError: as `resolve`.
+    """
+    if reference in ALIASES and packages.pulled(ALIASES[reference]) is None and not Path(reference).exists():
+        raise Unreachable(f"{reference} is not on this machine", f"edgeft models pull {reference}")
+    found = resolve(reference)
+    facts: dict[str, Any] = {"kind": found.kind, "path": str(found.path), "licence": found.licence}
+    return {**facts, **_DESCRIBERS[found.kind](found)}
+
+
+def _gguf(found: ResolvedModel) -> dict[str, Any]:
+    header = read_header(found.path)
+    return {
+        "licence": found.licence or header.licence,
+        "architecture": header.architecture,
+        "name": header.name,
+        "parameters": header.parameters,
+        "bytes": found.path.stat().st_size,
+        "types": header.type_mix,
+        "bits_per_weight": round(header.bits_per_weight, 3),
+        "context": header.context_length,
+        "tokenizer_pre": header.tokenizer_pre,
+        "chat_template": header.chat_template,
+    }
+
+
+def _directory(found: ResolvedModel) -> dict[str, Any]:
+    config = _json(found.path / "config.json")
+    template = found.path / "chat_template.jinja"
+    return {
+        "architecture": (config.get("architectures") or ["unknown"])[0],
+        "context": config.get("max_position_embeddings"),
+        "vocabulary": config.get("vocab_size"),
+        "bytes": sum(file.stat().st_size for file in found.path.glob("*.safetensors")),
+        "chat_template": template.read_text(encoding="utf-8") if template.is_file() else None,
+    }
+
+
+def _adapter(found: ResolvedModel) -> dict[str, Any]:
+    config = _json(found.path / "adapter_config.json")
+    return {"base": config.get("base_model_name_or_path"), "rank": config.get("r"), "alpha": config.get("lora_alpha")}
+
+
+def _run(found: ResolvedModel) -> dict[str, Any]:
+    from edgeft.run import Run
+
+    manifest = Run(found.path).manifest()
+    return {
+        "method": manifest.method,
+        "base": manifest.base.get("reference"),
+        "data": manifest.data.get("reference"),
+        "seed": manifest.seed,
+        "licence": manifest.licence,
+        **manifest.evaluation,
+    }
+
+
+_DESCRIBERS = {"gguf": _gguf, "hf": _directory, "adapter": _adapter, "run": _run}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    return content
