@@ -1,0 +1,197 @@
+"""ggml's own quantizers, called in the shared library that a llama.cpp binding brings along.
+
+Both `llama-cpp-python` (`libggml-base`) and `xllamacpp` (its extension module) export them. `ctypes.CDLL` drops
+the GIL during a call, so threads quantize in parallel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeft.errors import MissingDependency, ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+    Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class GgmlType:
+    """How weights are stored: `block` weights share `bytes` bytes."""
+
+    name: str
+    id: int
+    block: int
+    bytes: int
+
+    def row_bytes(self, columns: int) -> int:
+        return columns // self.block * self.bytes
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.bytes / self.block
+
+
+TYPES: Mapping[str, GgmlType] = {
+    kind.name: kind
+    for kind in (
+        GgmlType("F32", 0, 1, 4),
+        GgmlType("F16", 1, 1, 2),
+        GgmlType("BF16", 30, 1, 2),
+        GgmlType("Q4_0", 2, 32, 18),
+        GgmlType("Q4_1", 3, 32, 20),
+        GgmlType("Q5_0", 6, 32, 22),
+        GgmlType("Q5_1", 7, 32, 24),
+        GgmlType("Q8_0", 8, 32, 34),
+        GgmlType("Q4_K", 12, 256, 144),
+        GgmlType("Q5_K", 13, 256, 176),
+        GgmlType("Q6_K", 14, 256, 210),
+        GgmlType("IQ4_NL", 20, 32, 18),
+    )
+}
+"""Numbers and sizes from `ggml.h` and `ggml-common.h`; a library that disagrees is refused."""
+
+_LIBRARIES = (
+    ("llama_cpp", "lib", ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.so.*")),
+    ("xllamacpp", "", ("xllamacpp*.so", "xllamacpp*.pyd")),
+)
+_SYMBOLS = (
+    "ggml_quantize_chunk",
+    "ggml_quantize_init",
+    "ggml_validate_row_data",
+    "ggml_blck_size",
+    "ggml_type_size",
+    "ggml_type_name",
+    "ggml_bf16_to_fp32_row",
+    "ggml_fp16_to_fp32_row",
+    "ggml_fp32_to_bf16_row_ref",
+    "ggml_fp32_to_fp16_row",
+)
+
+
+def ggml_library() -> Path:
+    """The shared library with ggml's quantizers; found without importing the package that ships it.
+
+    Raises:
+        MissingDependency: neither binding is installed.
+    """
+    for package, folder, patterns in _LIBRARIES:
+        spec = importlib.util.find_spec(package)
+        for location in (spec.submodule_search_locations or ()) if spec else ():
+            for pattern in patterns:
+                if found := sorted(Path(location, folder).glob(pattern)):
+                    return found[0]
+    raise MissingDependency("no library with ggml's quantizers is installed", "pip install 'edgeft[export]'")
+
+
+class Ggml:
+    """The functions of one loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: MissingDependency when the library cannot be loaded or is not the ggml this code knows."""
+        self.path = path
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise MissingDependency(f"{path} cannot be loaded: {error}", _REINSTALL) from error
+        self._declare()
+        self._check()
+
+    def _declare(self) -> None:
+        library = self._library
+        missing = [name for name in _SYMBOLS if not hasattr(library, name)]
+        if missing:
+            raise MissingDependency(f"{self.path} lacks {', '.join(missing)}", _REINSTALL)
+        pointer, count, kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        library.ggml_quantize_chunk.argtypes = [kind, pointer, pointer, count, count, count, pointer]
+        library.ggml_quantize_chunk.restype = ctypes.c_size_t
+        library.ggml_validate_row_data.argtypes = [kind, pointer, ctypes.c_size_t]
+        library.ggml_validate_row_data.restype = ctypes.c_bool
+        library.ggml_blck_size.restype = count
+        library.ggml_type_size.restype = ctypes.c_size_t
+        library.ggml_type_name.restype = ctypes.c_char_p
+        for name in _SYMBOLS[-4:]:
+            getattr(library, name).argtypes = [pointer, pointer, count]
+            getattr(library, name).restype = None
+
+    def _check(self) -> None:
+        """A library with other type numbers would write a file that loads and answers nonsense."""
+        library = self._library
+        for kind in TYPES.values():
+            found = (library.ggml_type_name(kind.id), library.ggml_blck_size(kind.id), library.ggml_type_size(kind.id))
+            expected = (kind.name.lower().encode(), kind.block, kind.bytes)
+            if (found[0].lower(), *found[1:]) != expected:
+                raise MissingDependency(f"{self.path} has {found} where edgeft expects {expected}", _REINSTALL)
+            library.ggml_quantize_init(kind.id)
+
+    def quantize(self, kind: GgmlType, weights: Floats) -> Bytes:
+        """Quantize whole rows with ggml's reference code (no importance matrix).
+
+        Args:
+            weights: (rows, columns), C-contiguous, finite. ggml aborts the process on a shape it cannot store, so
+                that is checked here.
+
+        Returns:
+            The rows as they are stored in a file, shape (rows, bytes per row).
+
+        Raises:
+            ModelError: columns do not fill whole blocks, or a value is too large for the type.
+        """
+        import numpy as np
+
+        rows, columns = weights.shape
+        if columns % kind.block or not weights.flags.c_contiguous or weights.dtype != np.float32:
+            raise ModelError(f"{columns} columns of {weights.dtype} cannot be stored as {kind.name}")
+        out = np.empty((rows, kind.row_bytes(columns)), np.uint8)
+        self._fill(kind, weights, out)
+        if not self._library.ggml_validate_row_data(kind.id, out.ctypes.data, out.nbytes):
+            raise ModelError(f"values too large for {kind.name}: a block's scale does not fit into 16 bits")
+        return out
+
+    def _fill(self, kind: GgmlType, weights: Floats, out: Bytes) -> None:
+        library = self._library
+        if kind.name == "F32":
+            out[:] = weights.view("u1")
+        elif kind.name == "F16":
+            library.ggml_fp32_to_fp16_row(weights.ctypes.data, out.ctypes.data, weights.size)
+        elif kind.name == "BF16":
+            library.ggml_fp32_to_bf16_row_ref(weights.ctypes.data, out.ctypes.data, weights.size)
+        else:
+            library.ggml_quantize_chunk(
+                kind.id, weights.ctypes.data, out.ctypes.data, 0, weights.shape[0], weights.shape[1], None
+            )
+
+    def widen(self, dtype: str, raw: Bytes, out: Floats) -> None:
+        """Convert stored BF16, F16 or F32 values to float32, exactly. Both arrays are C-contiguous."""
+        if dtype == "F32":
+            out.reshape(-1).view("u1")[:] = raw.reshape(-1)
+        elif dtype == "BF16":
+            self._library.ggml_bf16_to_fp32_row(raw.ctypes.data, out.ctypes.data, out.size)
+        else:
+            self._library.ggml_fp16_to_fp32_row(raw.ctypes.data, out.ctypes.data, out.size)
+
+    def round_to(self, kind: GgmlType, weights: Floats) -> None:
+        """Round to the nearest BF16 or F16 value (ties to even), in place."""
+        import numpy as np
+
+        narrow = np.empty((weights.shape[0], kind.row_bytes(weights.shape[1])), np.uint8)
+        self._fill(kind, weights, narrow)
+        self.widen(kind.name, narrow, weights)
+
+
+_REINSTALL = "pip install --force-reinstall 'edgeft[export]'"
+
+
+@cache
+def load() -> Ggml:
+    """The installed library, loaded once. Raises: MissingDependency."""
+    return Ggml(ggml_library())

@@ -1,0 +1,45 @@
+"""The GGUF converter: base + adapter straight into a quantized file, in one pass over the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edgeft.artifact import Artifact
+from edgeft.errors import UsageError
+from edgeft.plugins import ConvertOptions, Plan, Source, Target
+from edgeft.progress import Progress
+
+_RUNTIMES = ("llama-cpp-python", "xllamacpp")
+
+_MIXTURES: Mapping[str, tuple[str, str, float]] = {
+    # target -> (mixture, description, nominal bits per weight)
+    "gguf-q4": ("best", "The best real 4-bit mixture for the model's shapes.", 4.8),
+    "gguf-q4_k_m": ("Q4_K_M", "llama.cpp's Q4_K_M.", 4.8),
+    "gguf-q4_0": ("Q4_0", "llama.cpp's Q4_0: fastest to make and to run, least exact.", 4.6),
+    "gguf-q8_0": ("Q8_0", "8 bits; hardly distinguishable from the original.", 8.5),
+    "gguf-bf16": ("BF16", "Not quantized, bfloat16.", 16.0),
+    "gguf-f16": ("F16", "Not quantized, float16.", 16.0),
+}
+
+
+class GgufConverter:
+    targets: Mapping[str, Target] = {
+        name: Target(name, description, bits, _RUNTIMES) for name, (_, description, bits) in _MIXTURES.items()
+    }
+
+    def plan(self, source: Source, target: str, options: ConvertOptions) -> Plan:
+        from .ggml import load
+        from .gguf_plan import make_plan
+
+        if target not in _MIXTURES:
+            raise UsageError(f"no GGUF target {target!r}", f"There are: {', '.join(_MIXTURES)}.")
+        return make_plan(source, target, _MIXTURES[target][0], options, load())
+
+    def convert(self, plan: Plan, progress: Progress) -> Artifact:
+        from .ggml import load
+        from .gguf_convert import convert
+
+        return convert(plan, load(), progress)
+
+
+converter = GgufConverter()

@@ -1,0 +1,221 @@
+"""Carries a plan out: threads merge and quantize slabs of rows, one writer appends them in the file's order."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edgeft import __version__
+from edgeft.artifact import Artifact, Manifest, manifest_path, write_manifest
+from edgeft.errors import ModelError, WriteError
+from edgeft.paths import atomic_write, sha256_file
+from edgeft.plugins import Plan
+from edgeft.progress import Progress
+
+from .adapter import WEIGHTS
+from .blas import single_threaded
+from .ggml import TYPES, Ggml
+from .gguf_plan import Details, Item
+from .gguf_writer import padded
+from .leftovers import claim, remove_leftovers
+from .merge import LoadedTensor
+from .safetensors_rows import Reader
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Rounding = Literal["none", "bf16", "f16"]
+
+SLAB_WEIGHTS = 1 << 18
+"""Weights per slab: 1 MB of float32, so that a slab and its delta stay in a core's second-level cache."""
+
+_SLABS_IN_FLIGHT = 24
+"""Per thread; what is quantized while the writer waits for the disk. A Q8_0 slab is 0.3 MB."""
+
+_SYNC_BYTES = 64 << 20
+"""Hand this much at a time to the disk while the cores work, instead of all of it at the end."""
+
+
+@dataclass(frozen=True)
+class Slab:
+    item: Item
+    last: bool
+    """Whether the tensor ends here (and is padded)."""
+    weights: int
+    bytes: Future[NDArray[np.uint8]]
+
+
+def convert(plan: Plan, ggml: Ggml, progress: Progress) -> Artifact:
+    """Write the file, then its manifest.
+
+    Raises:
+        ModelError: a weight is not finite or a file of the model cannot be read.
+        WriteError: no space, or the folder cannot be written.
+    """
+    details: Details = plan.details
+    out = plan.options.out
+    check_space(out, plan.bytes)
+    remove_leftovers(out)
+    threads = plan.options.threads or available_cores()
+    progress.start("Quantizing", plan.parameters, "weights")
+    try:
+        digest = _write(details, plan, ggml, threads, progress)
+    finally:
+        progress.finish()
+    manifest = _manifest(plan, details, digest)
+    write_manifest(out, manifest)
+    return Artifact(out, manifest)
+
+
+def check_space(out: Path, size: int) -> None:
+    """Raises: WriteError when the disk of `out` has less than `size` bytes free."""
+    folder = next(parent for parent in (out.parent, *out.parent.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise WriteError(
+            f"{out} needs {size / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free",
+            "Free some space or choose another --out.",
+        )
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write(details: Details, plan: Plan, ggml: Ggml, threads: int, progress: Progress) -> str:
+    """Returns: hex SHA-256 of the file."""
+    out = plan.options.out
+    with atomic_write(out) as stream, Reader() as reader, single_threaded():
+        claim(stream)
+        sink = _Sink(stream)
+        sink.write(details.head)
+        with ThreadPoolExecutor(threads) as workers:
+            pool = _Pool(workers, reader, ggml, plan.options.round)
+            try:
+                for slab in _in_order(details.items, pool, threads * _SLABS_IN_FLIGHT):
+                    sink.write(slab.bytes.result())
+                    if slab.last:
+                        sink.write(bytes(padded(sink.size) - sink.size))
+                    progress.advance(slab.weights, slab.item.name)
+            except BaseException:
+                workers.shutdown(cancel_futures=True)
+                raise
+        # An older manifest must not stand beside the new file, whenever the power fails.
+        manifest_path(out).unlink(missing_ok=True)
+        return sink.digest.hexdigest()
+
+
+class _Sink:
+    """Appends, hashes on the way, and keeps the disk busy while the cores are."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._synced = 0
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | NDArray[np.uint8]) -> None:
+        view = memoryview(data).cast("B") if len(data) else b""
+        self.digest.update(view)
+        self._stream.write(view)
+        self.size += len(view)
+        if self.size - self._synced >= _SYNC_BYTES:
+            self._stream.flush()
+            _sync(self._stream.fileno())
+            self._synced = self.size
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Hands slabs to the threads."""
+
+    threads: ThreadPoolExecutor
+    reader: Reader
+    ggml: Ggml
+    rounding: Rounding
+
+    def slabs(self, item: Item) -> Iterator[Slab]:
+        """A tensor's slabs, each put to work when the caller asks for it."""
+        if isinstance(item.source, np.ndarray):
+            done: Future[NDArray[np.uint8]] = Future()
+            done.set_result(item.source.view(np.uint8))
+            yield Slab(item, True, 0, done)
+            return
+        loaded = item.source.load(self.reader, self.ggml)
+        step = slab_rows(item)
+        for start in range(0, item.rows, step):
+            stop = min(start + step, item.rows)
+            future = self.threads.submit(self._encode, loaded, item, start, stop)
+            yield Slab(item, stop == item.rows, (stop - start) * item.columns, future)
+
+    def _encode(self, loaded: LoadedTensor, item: Item, start: int, stop: int) -> NDArray[np.uint8]:
+        weights = loaded.rows(start, stop)
+        if self.rounding != "none":
+            self.ggml.round_to(TYPES[self.rounding.upper()], weights)
+        try:
+            return self.ggml.quantize(item.type, weights)
+        except ModelError as error:
+            raise ModelError(f"tensor {item.name}, rows {start} to {stop - 1}: {error.message}", error.hint) from error
+
+
+def slab_rows(item: Item) -> int:
+    """Rows per slab: whole groups, at least one."""
+    groups = SLAB_WEIGHTS // (item.columns * item.row_group)
+    return max(1, groups) * item.row_group
+
+
+def _in_order(items: tuple[Item, ...], pool: _Pool, window: int) -> Iterator[Slab]:
+    """Slabs in the file's order, with up to `window` of them under way."""
+    under_way: deque[Slab] = deque()
+    for item in items:
+        for slab in pool.slabs(item):
+            under_way.append(slab)
+            if len(under_way) >= window:
+                yield under_way.popleft()
+    yield from under_way
+
+
+def _manifest(plan: Plan, details: Details, digest: str) -> Manifest:
+    mix: dict[str, int] = {}
+    for item in details.items:
+        mix[item.type.name] = mix.get(item.type.name, 0) + item.weights
+    return Manifest(
+        format="gguf",
+        target=plan.target,
+        types=mix,
+        parameters=plan.parameters,
+        bits_per_weight=plan.bits_per_weight,
+        bytes=plan.bytes,
+        sha256=digest,
+        base={"reference": plan.source.reference, "path": str(plan.source.base)},
+        adapter=_adapter(plan),
+        chat_template_sha256=details.chat_template_sha256,
+        stop_token_ids=details.stop_token_ids,
+        notes=_notes(plan),
+        edgeft_version=__version__,
+    )
+
+
+def _adapter(plan: Plan) -> dict[str, Any] | None:
+    folder = plan.source.adapter
+    return None if folder is None else {"path": str(folder), "digest": sha256_file(folder / WEIGHTS)}
+
+
+def _notes(plan: Plan) -> tuple[str, ...]:
+    rounding = plan.options.round
+    rounded = () if rounding == "none" else (f"merged weights were rounded to {rounding} before quantization",)
+    return (*plan.warnings, *sorted({tensor.note for tensor in plan.tensors if tensor.note}), *rounded)
+
+
+# Not every system has fdatasync, which leaves the file's times alone.
+_sync = getattr(os, "fdatasync", os.fsync)

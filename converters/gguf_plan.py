@@ -1,0 +1,278 @@
+"""What a GGUF export will write, made from headers and the tokenizer alone: every tensor, its type and its place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeft.errors import ModelError
+from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
+
+from . import gguf_architectures as architectures
+from . import gguf_types, safetensors_rows
+from .adapter import EMBEDDING, HEAD, Adapter, Change, check_fit, read_adapter
+from .ggml import TYPES, Ggml, GgmlType
+from .gguf_metadata import metadata, rope_parameters, stop_token_ids
+from .gguf_writer import KeyValue, TensorInfo, data_size, head, uint32
+from .merge import MergedTensor, read_whole
+from .safetensors_rows import Reader, StoredTensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+QUANTIZATION_VERSION = 2
+"""`general.quantization_version`: ggml's GGML_QNT_VERSION."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GgmlType
+    note: str
+    source: MergedTensor | NDArray[np.float32]
+    """Weights to merge, or values that are computed (rotary factors)."""
+    row_group: int = 1
+    """Rows that must be read together."""
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return self.weights // self.columns
+
+    @property
+    def weights(self) -> int:
+        return gguf_types.Shape(self.name, self.shape).weights
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.name, self.shape, self.type.id, self.rows * self.type.row_bytes(self.columns))
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the conversion needs beyond the plan that is shown."""
+
+    items: tuple[Item, ...]
+    head: bytes
+    stop_token_ids: tuple[int, ...]
+    chat_template_sha256: str | None
+
+
+def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions, ggml: Ggml) -> Plan:
+    """Raises: ModelError, UnsupportedModel."""
+    config = read_config(source.base)
+    family = architectures.family_of(config)
+    architectures.check_config(config)
+    sizes = architectures.sizes_of(config)
+    base = safetensors_rows.index(source.base)
+    adapter = read_adapter(source.adapter) if source.adapter else None
+    warnings: list[str] = []
+    tensors = _tensors(base, adapter, config, family, sizes, warnings)
+    items, name = _items(tensors, mixture, family, sizes, config)
+    if adapter is not None:
+        warnings += _no_effect(adapter, ggml)
+    pairs = _metadata(source, config, items, gguf_types.FILE_TYPES[name], warnings)
+    return _plan(source, target, options, items, pairs, warnings, name)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face directory. Raises: ModelError."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not a Hugging Face directory: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} is not a model configuration")
+    return config
+
+
+def _tensors(
+    base: dict[str, StoredTensor],
+    adapter: Adapter | None,
+    config: Mapping[str, Any],
+    family: architectures.Family,
+    sizes: architectures.Sizes,
+    warnings: list[str],
+) -> dict[str, MergedTensor]:
+    """GGUF name -> its weights."""
+    tied = HEAD not in base or bool(config.get("tie_word_embeddings"))
+    if tied and HEAD in base:
+        warnings.append(f"{HEAD} is left out: config.json ties it to the embedding, so the model does not use it")
+        del base[HEAD]
+    names = architectures.gguf_names(family, sizes, base)
+    changes = dict(adapter.changes) if adapter else {}
+    if adapter:
+        check_fit(adapter, base, extra=(HEAD,) if tied else ())
+    if tied:
+        _tie(base, adapter, changes, names, warnings)
+    merged = {}
+    for name, gguf in names.items():
+        change = changes.get(name)
+        order = None
+        if architectures.permutes_rows(family, name):
+            order = architectures.rotary_order(base[name].shape[0], sizes.head)
+        merged[gguf] = MergedTensor(base[name], change, order)
+    return merged
+
+
+def _tie(
+    base: dict[str, StoredTensor],
+    adapter: Adapter | None,
+    changes: dict[str, Change],
+    names: dict[str, str],
+    warnings: list[str],
+) -> None:
+    """Keep embedding and head one tensor when training kept them one; else give the head its own."""
+    embedding, separate = changes.get(EMBEDDING), changes.get(HEAD)
+    if adapter is None or _still_tied(adapter, embedding, separate, base[EMBEDDING]):
+        changes.pop(HEAD, None)
+        return
+    # In training, what is added to the embedding alone leaves the head with the base's weights.
+    names[HEAD] = "output.weight"
+    base[HEAD] = (embedding.base if embedding and embedding.base else None) or base[EMBEDDING]
+    warnings.append("the adapter changes embedding and head separately; the file stores both, the base shared them")
+
+
+def _still_tied(adapter: Adapter, embedding: Change | None, separate: Change | None, base: StoredTensor) -> bool:
+    if embedding is None and separate is None:
+        return True
+    if separate is None and embedding is not None:
+        if embedding.down is not None:
+            return False
+        grown = embedding.replacement is not None and embedding.replacement.shape != base.shape
+        return embedding.replacement is None or grown or adapter.ties_weights
+    if embedding is None or separate is None or embedding.down or separate.down:
+        return False
+    return _same_bytes(embedding.replacement, separate.replacement) and embedding.tokens == separate.tokens
+
+
+def _same_bytes(one: StoredTensor | None, other: StoredTensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    step = 1 << 22
+    with one.file.open("rb") as left, other.file.open("rb") as right:
+        left.seek(one.offset)
+        right.seek(other.offset)
+        return all(
+            left.read(min(step, one.bytes - at)) == right.read(min(step, one.bytes - at))
+            for at in range(0, one.bytes, step)
+        )
+
+
+def _items(
+    tensors: Mapping[str, MergedTensor],
+    mixture: str,
+    family: architectures.Family,
+    sizes: architectures.Sizes,
+    config: Mapping[str, Any],
+) -> tuple[list[Item], str]:
+    """The file's tensors in its order, and the mixture that was really used."""
+    sources: dict[str, MergedTensor | NDArray[np.float32]] = dict(tensors)
+    if family.name == "llama" and (factors := architectures.rope_factors(rope_parameters(config), sizes.head)) is not None:
+        sources["rope_freqs.weight"] = factors
+    names = sorted(sources, key=gguf_types.order)
+    shapes = [gguf_types.Shape(name, sources[name].shape) for name in names]
+    name = gguf_types.best_mixture(shapes) if mixture == "best" else mixture
+    wide = sizes.layers == 80 and (family.name == "qwen2" or (family.name == "llama" and sizes.heads != sizes.kv_heads))
+    choices = gguf_types.assign(name, shapes, sizes.layers, wide_values=wide)
+    items = [
+        Item(shape.name, shape.shape, choice.type, choice.note, sources[shape.name], _group(sources[shape.name], sizes))
+        for shape, choice in zip(shapes, choices, strict=True)
+    ]
+    return items, name
+
+
+def _group(source: MergedTensor | NDArray[np.float32], sizes: architectures.Sizes) -> int:
+    return sizes.head if isinstance(source, MergedTensor) and source.order is not None else 1
+
+
+def _no_effect(adapter: Adapter, ggml: Ggml) -> list[str]:
+    """A warning when every B matrix is zero and nothing else changes: the file would be the base."""
+    with Reader() as reader:
+        for change in adapter.changes.values():
+            if change.replacement or change.token_rows or change.magnitude or change.offset:
+                return []
+            if change.up is not None and read_whole(reader, ggml, change.up).any():
+                return []
+    return [f"the adapter {adapter.path} changes nothing: all its B matrices are zero, the file will equal the base"]
+
+
+def _metadata(
+    source: Source, config: Mapping[str, Any], items: Sequence[Item], file_type: int, warnings: list[str]
+) -> list[KeyValue]:
+    embedding = next(item for item in items if item.name == "token_embd.weight")
+    tokenizer, template = source.base, source.chat_template
+    if source.adapter is not None:
+        if embedding.rows != config["vocab_size"] and (source.adapter / "tokenizer.json").is_file():
+            tokenizer = source.adapter
+        own = source.adapter / "chat_template.jinja"
+        if template is None and own.is_file():
+            template = own.read_text(encoding="utf-8")
+    pairs = metadata(
+        source.base,
+        config,
+        tokenizer_dir=tokenizer,
+        rows=embedding.rows,
+        parameters=sum(item.weights for item in items),
+        chat_template=template,
+        warn=warnings.append,
+    )
+    return [
+        *pairs,
+        uint32("general.quantization_version", QUANTIZATION_VERSION),
+        uint32("general.file_type", file_type),
+    ]
+
+
+def _plan(
+    source: Source,
+    target: str,
+    options: ConvertOptions,
+    items: Sequence[Item],
+    pairs: Sequence[KeyValue],
+    warnings: list[str],
+    mixture: str,
+) -> Plan:
+    infos = [item.info for item in items]
+    prefix = head(pairs, infos)
+    weights = sum(item.weights for item in items if isinstance(item.source, MergedTensor))
+    bits = 8 * sum(info.bytes for info in infos) / weights
+    warnings += gguf_types.honest_label(target, mixture, bits, [item.note for item in items])
+    template = next((pair.value for pair in pairs if pair.key == "tokenizer.chat_template"), None)
+    details = Details(
+        tuple(items),
+        prefix,
+        stop_token_ids(source.base),
+        None if template is None else hashlib.sha256(template.encode()).hexdigest(),
+    )
+    return Plan(
+        target=target,
+        source=source,
+        options=options,
+        tensors=tuple(
+            TensorPlan(item.name, item.shape, item.type.name, info.bytes, item.note)
+            for item, info in zip(items, infos, strict=True)
+        ),
+        bytes=len(prefix) + data_size(infos),
+        parameters=weights,
+        bits_per_weight=bits,
+        warnings=tuple(warnings),
+        details=details,
+    )

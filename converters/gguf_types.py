@@ -1,0 +1,125 @@
+"""Which tensor is stored in which type: llama-quantize's mixtures, and edgeft's own for widths they do not suit.
+
+The named mixtures are the rules of llama.cpp's `llama_tensor_get_type_impl` and `tensor_type_fallback`
+(`src/llama-quant.cpp`) for dense models without an importance matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .ggml import TYPES, GgmlType
+
+FILE_TYPES: Mapping[str, int] = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15, "IQ4_NL": 25, "BF16": 32}
+"""`general.file_type` of each mixture, from `llama.h`."""
+
+_DEFAULT: Mapping[str, str] = {"Q4_K_M": "Q4_K"}
+"""Type of most tensors of a mixture, where it is not the mixture's name."""
+
+_FALLBACK: Mapping[str, str] = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tensor as the type rules see it."""
+
+    name: str
+    """GGUF name."""
+    shape: tuple[int, ...]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def weights(self) -> int:
+        total = 1
+        for length in self.shape:
+            total *= length
+        return total
+
+
+@dataclass(frozen=True)
+class Choice:
+    type: GgmlType
+    note: str = ""
+    """Why it is not the type the mixture would give."""
+
+
+def order(name: str) -> tuple[int, str]:
+    """Sort key of llama.cpp's files: tensors outside layers first, then layer by layer, each by name."""
+    parts = name.split(".")
+    return (int(parts[1]), name) if parts[0] == "blk" else (-1, name)
+
+
+def assign(mixture: str, tensors: Sequence[Shape], layers: int, *, wide_values: bool = False) -> list[Choice]:
+    """The type of every tensor, in the order given, which must be the file's.
+
+    Args:
+        layers: number of layers of the model.
+        wide_values: attention values are few and get more bits (llama.cpp does so in its "70B" models).
+    """
+    tied = all(tensor.name != "output.weight" for tensor in tensors)
+    values = sum(tensor.name.endswith("attn_v.weight") for tensor in tensors)
+    seen_values = seen_downs = 0
+    choices = []
+    for tensor in tensors:
+        if not quantizable(tensor):
+            choices.append(Choice(TYPES["F32"]))
+            continue
+        kind = _DEFAULT.get(mixture, mixture)
+        if tensor.name == "output.weight" or (tied and tensor.name == "token_embd.weight"):
+            kind = _output_type(kind, tensor.columns)
+        elif tensor.name.endswith("attn_v.weight"):
+            if mixture == "Q4_K_M":
+                kind = "Q6_K" if more_bits(seen_values, values) else "Q5_K" if wide_values else kind
+            seen_values += 1
+        elif "ffn_down" in tensor.name:
+            if mixture == "Q4_K_M" and more_bits(seen_downs, layers):
+                kind = "Q6_K"
+            seen_downs += 1
+        choices.append(_fitted(kind, tensor.columns))
+    return choices
+
+
+def quantizable(tensor: Shape) -> bool:
+    return (
+        len(tensor.shape) > 1 and tensor.name.endswith("weight") and not tensor.name.endswith("_norm.weight")
+    )
+
+
+def more_bits(layer: int, layers: int) -> bool:
+    """The first and last eighth of the layers and every third between them."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def _output_type(kind: str, columns: int) -> str:
+    if kind in ("F16", "BF16", "Q8_0"):
+        return kind
+    return "Q8_0" if columns % TYPES[kind].block else "Q6_K"
+
+
+def _fitted(kind: str, columns: int) -> Choice:
+    """The type itself when rows fill whole blocks, else what llama-quantize falls back to."""
+    wanted = TYPES[kind]
+    if columns % wanted.block == 0:
+        return Choice(wanted)
+    found = TYPES[_FALLBACK.get(kind, kind)]
+    if columns % found.block:
+        found = TYPES["F16"]
+    return Choice(found, f"{columns} columns do not fill blocks of {wanted.block}: {found.name} instead of {kind}")
+
+
+def best_mixture(tensors: Sequence[Shape]) -> str:
+    """Q4_K_M where its blocks of 256 fit every row; where they do not, a mixture of 32-blocks ("SMALL")."""
+    fits = all(tensor.columns % 256 == 0 for tensor in tensors if quantizable(tensor))
+    return "Q4_K_M" if fits else "IQ4_NL"
+
+
+def honest_label(target: str, mixture: str, bits: float, notes: Sequence[str]) -> list[str]:
+    """Warnings when a file will not be what its label promises."""
+    fallbacks = sum(bool(note) for note in notes)
+    if fallbacks == 0:
+        return []
+    return [f"{mixture} is a label: {fallbacks} of {len(notes)} tensors fall back, {bits:.2f} bits per weight in all"]
