@@ -305,8 +305,8 @@ INTENTS: Mapping[str, Intent] = {
     "unsupported": Intent(0.07, lambda split, dice: Slots(UNSUPPORTED, {"q": dice.pick(refusals.REQUESTS[split])})),
 }
 _IMPERATIVES = frozenset({
-    "turn", "switch", "set", "put", "make", "bring", "change", "adjust", "move", "take", "dim", "brighten", "get", "give",
-    "play", "start", "go", "leave", "keep", "run", "help", "create", "flip", "shift", "let's", "{verb}",
+    "turn", "switch", "set", "put", "make", "bring", "change", "adjust", "move", "take", "dim", "brighten", "get",
+    "give", "play", "start", "go", "leave", "keep", "run", "help", "create", "flip", "shift", "let's", "{verb}",
 })  # fmt: skip
 """First words of templates that may follow "could you"."""
 
