@@ -89,6 +89,8 @@ class Plan:
     parameters: int
     bits_per_weight: float
     warnings: tuple[str, ...] = ()
+    seconds: float | None = None
+    """Rough estimate for this machine."""
     details: Any = None
     """The converter's own working state."""
 
