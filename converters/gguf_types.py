@@ -70,7 +70,7 @@ def assign(mixture: str, tensors: Sequence[Shape], layers: int, *, wide_values: 
             continue
         kind = _DEFAULT.get(mixture, mixture)
         if tensor.name == "output.weight" or (tied and tensor.name == "token_embd.weight"):
-            kind = _output_type(kind, tensor.columns)
+            kind = kind if kind in ("F16", "BF16", "Q8_0") else "Q6_K"
         elif tensor.name.endswith("attn_v.weight"):
             if mixture == "Q4_K_M":
                 kind = "Q6_K" if more_bits(seen_values, values) else "Q5_K" if wide_values else kind
@@ -92,12 +92,6 @@ def quantizable(tensor: Shape) -> bool:
 def more_bits(layer: int, layers: int) -> bool:
     """The first and last eighth of the layers and every third between them."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-
-
-def _output_type(kind: str, columns: int) -> str:
-    if kind in ("F16", "BF16", "Q8_0"):
-        return kind
-    return "Q8_0" if columns % TYPES[kind].block else "Q6_K"
 
 
 def _fitted(kind: str, columns: int) -> Choice:

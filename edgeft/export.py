@@ -1,0 +1,178 @@
+"""From a run, or a model and an adapter, to one deployable file: finds the parts, converts, records where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgeft import plugins
+from edgeft.artifact import Artifact, write_manifest
+from edgeft.errors import ModelError, UsageError
+from edgeft.models import ResolvedModel, resolve, weights_digest
+from edgeft.plugins import Converter, ConvertOptions, Plan, Source
+from edgeft.progress import Progress, Silent
+from edgeft.run import Run
+
+Rounding = Literal["none", "bf16", "f16"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is exported and where it came from."""
+
+    source: Source
+    name: str
+    """For the default file name."""
+    run: Run | None = None
+    base_digest: str | None = None
+    """SHA-256 over the base's weights at training time."""
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export that has been thought through but not done."""
+
+    origin: Origin
+    plan: Plan
+    converter: Converter
+
+
+def prepare(
+    model: str,
+    target: str,
+    *,
+    adapter: Path | None = None,
+    out: Path | None = None,
+    rounding: Rounding = "none",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Export:
+    """Find every part and plan the export; reads headers, not weights.
+
+    Args:
+        model: a run, an adapter directory, or any model reference (a GGUF is first imported).
+        out: the file to write; by default `<name>-<target's short name>` in the current folder.
+
+    Raises:
+        UsageError: no such model or target, or an adapter for something that has its own.
+        ModelError, UnsupportedModel: what is there cannot be exported.
+    """
+    converter = converter_for(target)
+    origin = find(model, adapter, progress or Silent())
+    out = out or Path(default_name(origin.name, target))
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder", "Give the file to write with --out.")
+    options = ConvertOptions(out, rounding, threads)
+    return Export(origin, converter.plan(origin.source, target, options), converter)
+
+
+def export(prepared: Export, progress: Progress) -> Artifact:
+    """Write the artifact and its manifest.
+
+    Raises:
+        ModelError: a weight or file is damaged, or the base is not the one the run was trained on.
+        WriteError: the disk is full or read-only; nothing that looks finished is left.
+    """
+    origin = prepared.origin
+    digest = weights_digest(origin.source.base)
+    if origin.base_digest is not None and digest != origin.base_digest:
+        raise ModelError(
+            f"{origin.source.base} has changed since {origin.run.path if origin.run else 'the run'} was trained on it",
+            "The adapter belongs to the old weights: restore them or train again.",
+        )
+    artifact = prepared.converter.convert(prepared.plan, progress)
+    assert artifact.manifest is not None
+    manifest = dataclasses.replace(
+        artifact.manifest,
+        base={**artifact.manifest.base, "reference": origin.source.reference, "digest": digest},
+        run=str(origin.run.path) if origin.run else None,
+        licence=origin.licence,
+    )
+    write_manifest(artifact.path, manifest)
+    return Artifact(artifact.path, manifest)
+
+
+def converter_for(target: str) -> Converter:
+    """The plug-in whose name a target begins with. Raises: UsageError."""
+    name = target.partition("-")[0]
+    known = plugins.names("converters")
+    if name not in known:
+        raise UsageError(f"no export target {target!r}", f"Targets begin with: {', '.join(known)}.")
+    converter: Converter = plugins.load("converters", name)
+    if target not in converter.targets:
+        raise UsageError(f"no export target {target!r}", f"There are: {', '.join(converter.targets)}.")
+    return converter
+
+
+def default_name(name: str, target: str) -> str:
+    """ "demo", "gguf-q4" -> "demo-q4.gguf"."""
+    kind, _, short = target.partition("-")
+    return f"{name}-{short}.{kind}"
+
+
+def find(model: str, adapter: Path | None, progress: Progress) -> Origin:
+    """Resolve a reference into base, adapter and template. Raises: UsageError, ModelError."""
+    found = resolve(model, progress=progress)
+    if adapter is not None and found.kind in ("run", "adapter"):
+        raise UsageError(f"{model} has its own adapter", "Leave out --adapter, or give the base model instead.")
+    if found.kind == "run":
+        return _from_run(found, progress)
+    if found.kind == "adapter":
+        return _from_adapter(found, progress)
+    base = found if found.kind == "hf" else resolve(model, want="hf", progress=progress)
+    source = Source(base.path, _adapter_folder(adapter), found.reference)
+    name = adapter.absolute().name if adapter else _short(model)
+    return Origin(source, name, licence=base.licence or found.licence)
+
+
+def _from_run(found: ResolvedModel, progress: Progress) -> Origin:
+    run = Run(found.path)
+    manifest = run.manifest()
+    base = run.model
+    if not base.is_dir():
+        # The store may have been moved or emptied since; the reference still says what it was.
+        base = resolve(str(manifest.base["reference"]), want="hf", progress=progress).path
+    full = run.adapter is None
+    source = Source(base, run.adapter, str(manifest.base["reference"]), manifest.chat_template)
+    digest = None if full else manifest.base.get("digest")
+    return Origin(source, run.path.absolute().name, run, digest, manifest.licence)
+
+
+def _from_adapter(found: ResolvedModel, progress: Progress) -> Origin:
+    config = _read_json(found.path / "adapter_config.json")
+    reference = config.get("base_model_name_or_path")
+    if not reference:
+        raise UsageError(
+            f"{found.reference} does not say what its base model is",
+            f"edgeft export BASE --adapter {found.reference}",
+        )
+    base = resolve(str(reference), want="hf", progress=progress)
+    return Origin(Source(base.path, found.path, str(reference)), found.path.name, licence=base.licence)
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _adapter_folder(path: Path | None) -> Path | None:
+    if path is None or (path / "adapter_config.json").is_file():
+        return path
+    inside = path / "adapter"
+    if (inside / "adapter_config.json").is_file():
+        return inside
+    raise ModelError(f"{path} is not an adapter: it has no adapter_config.json")
+
+
+def _short(reference: str) -> str:
+    """Last part of a path or hub name, without revision and ending."""
+    last = Path(reference.rstrip("/")).absolute().name if ":" not in reference else reference.rsplit("/", 1)[-1]
+    return last.split("@")[0].split(":")[0].removesuffix(".gguf")
