@@ -16,7 +16,7 @@ import gguf
 from edgeft.errors import ModelError, UnsupportedModel
 
 from .gguf_pretokenizers import recognise
-from .gguf_special import SpecialTokens, read_special_tokens, stop_token_ids
+from .gguf_special import SpecialTokens, read_special_tokens, stop_token_ids, without_false_control
 from .gguf_vocab import TokenizerFiles, Vocabulary, read_files, read_json, read_vocabulary
 from .gguf_writer import KeyValue, ValueType, array, boolean, float32, string, uint32
 
@@ -193,6 +193,7 @@ def _tokenizer(
 ) -> Iterator[KeyValue]:
     vocabulary = read_vocabulary(files, rows or _required(config, "vocab_size", model_dir))
     special = read_special_tokens(files, config, vocabulary.tokens)
+    vocabulary = without_false_control(vocabulary, special)
     yield string("tokenizer.ggml.model", vocabulary.model)
     yield string("tokenizer.ggml.pre", tokenizer_pre or _pre(files, vocabulary, model_dir))
     yield array("tokenizer.ggml.tokens", ValueType.STRING, vocabulary.tokens)

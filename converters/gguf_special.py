@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from edgeft.errors import ModelError
 
-from .gguf_vocab import TokenizerFiles, read_files, read_json
+from .gguf_vocab import TokenizerFiles, TokenType, Vocabulary, read_files, read_json
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -19,6 +20,13 @@ _END_BY_NAME = frozenset({
     "<｜end▁of▁sentence｜>",
 })  # fmt: skip
 """Texts that llama.cpp takes for an end of generation whatever the metadata says (`llama-vocab.cpp`)."""
+
+_CONTROL_BY_NAME = _END_BY_NAME | {
+    "<PRE>", "<SUF>", "<MID>", "<PAD>", "[PAD]", "<REPO>", "<reponame>", "<turn|>", "<|tool_response>", "[e~[",
+    "<fim-prefix>", "<fim-suffix>", "<fim-middle>", "<fim-pad>", "<fim-repo>",
+    "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>",
+}  # fmt: skip
+"""Texts that llama.cpp reads as control tokens, also where they are ordinary ones."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,22 @@ def read_special_tokens(files: TokenizerFiles, model_config: Mapping[str, Any], 
     # these families start with BOS unless something says otherwise.
     add.setdefault("bos", not files.tokenizer)
     return SpecialTokens(ids, add, stops, unmarked)
+
+
+def without_false_control(vocabulary: Vocabulary, special: SpecialTokens) -> Vocabulary:
+    """The vocabulary without ordinary tokens that llama.cpp would take for control tokens because of their text.
+
+    Qwen has such a token, "</s>" (128247). Its own split rules never produce it, but llama.cpp would read "</s>" in
+    a prompt as that control token and end an answer there. Its row stays, under a name that no text has.
+    """
+    if vocabulary.model != "gpt2":
+        return vocabulary
+    meant = {*special.ids.values(), *special.stop_ids}
+    tokens, types = list(vocabulary.tokens), list(vocabulary.types)
+    for id_, text in enumerate(vocabulary.tokens):
+        if text in _CONTROL_BY_NAME and types[id_] is TokenType.NORMAL and id_ not in meant:
+            tokens[id_], types[id_] = f"[PAD{id_}]", TokenType.UNUSED
+    return dataclasses.replace(vocabulary, tokens=tokens, types=types)
 
 
 def stop_token_ids(model_dir: Path) -> tuple[int, ...]:
@@ -115,6 +139,9 @@ def _from_post_processor(files: TokenizerFiles) -> tuple[dict[str, bool], str | 
             single = step.get("single") or []
             bos, eos = _special(single[:1]), _special(single[1:][-1:])
             add |= {role: True for role, text in (("bos", bos), ("eos", eos)) if text}
+            if _special((step.get("pair") or [])[1:-1]):
+                # Pairs of texts are for classifiers; nothing here makes one.
+                add["sep"] = False
     return add, bos, eos
 
 

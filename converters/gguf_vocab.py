@@ -10,7 +10,7 @@ import enum
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,6 @@ class Vocabulary:
     scores: Sequence[float] = ()
     add_space_prefix: bool | None = None
     """None: llama.cpp's default for the kind, which is right."""
-    pad_rows: int = field(default=0)
-    """How many rows at the end have no token."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
