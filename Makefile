@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install dev test test-slow lint types check docs bench-export bench-train bench-runtime parity kill clean
+.PHONY: help demo install dev test test-slow test-reference lint types check docs bench-export bench-train bench-runtime parity kill clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,10 +22,14 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	touch $@
 
 test: dev ## run the tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not reference"
 
 test-slow: dev ## run the slow tests too: kills, soak
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not reference"
+
+test-reference: dev ## compare exports with llama.cpp's own converter and quantizer (builds llama-cpp-python)
+	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
+	$(BIN)/pytest -m reference
 
 lint: dev ## style, and the generated pages are up to date
 	$(BIN)/ruff format --check .
@@ -52,6 +56,7 @@ bench-runtime: dev ## decoding against the bare binding (builds llama-cpp-python
 	$(BIN)/python benchmarks/runtime.py
 
 parity: dev ## every tensor against llama.cpp's own converter and quantizer
+	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
 	$(BIN)/python benchmarks/parity.py
 
 kill: dev ## twenty kills of training and of export
