@@ -256,9 +256,7 @@ def _no_target(adapter: Adapter, name: str, change: Change) -> ModelError:
     )
 
 
-def _shapes(
-    name: str, tensor: StoredTensor, change: Change
-) -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
+def _shapes(name: str, tensor: StoredTensor, change: Change) -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
     """(expected, found, what it is) for each part of a change."""
     shape = tensor.shape
     checks = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _PREFIXES = ("scipy_openblas", "openblas")
@@ -30,7 +30,7 @@ def single_threaded() -> Iterator[None]:
         library[1](before)
 
 
-def _openblas() -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr] | None:
+def _openblas() -> tuple[Callable[[], int], Callable[[int], None]] | None:
     """(get, set) of the number of threads."""
     import numpy as np
 

@@ -24,7 +24,7 @@ from edgeft.progress import Progress
 from .adapter import WEIGHTS
 from .blas import single_threaded
 from .ggml import TYPES, Ggml
-from .gguf_plan import Details, Item
+from .gguf_plan import Details, Item, available_cores
 from .gguf_writer import padded
 from .leftovers import claim, remove_leftovers
 from .merge import LoadedTensor
@@ -87,11 +87,6 @@ def check_space(out: Path, size: int) -> None:
         )
 
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _write(details: Details, plan: Plan, ggml: Ggml, threads: int, progress: Progress) -> str:
     """Returns: hex SHA-256 of the file."""
     out = plan.options.out
@@ -103,7 +98,7 @@ def _write(details: Details, plan: Plan, ggml: Ggml, threads: int, progress: Pro
             pool = _Pool(workers, reader, ggml, plan.options.round)
             try:
                 for slab in _in_order(details.items, pool, threads * _SLABS_IN_FLIGHT):
-                    sink.write(slab.bytes.result())
+                    sink.write(slab.bytes.result().reshape(-1).data)
                     if slab.last:
                         sink.write(bytes(padded(sink.size) - sink.size))
                     progress.advance(slab.weights, slab.item.name)
@@ -124,8 +119,7 @@ class _Sink:
         self.size = 0
         self.digest = hashlib.sha256()
 
-    def write(self, data: bytes | NDArray[np.uint8]) -> None:
-        view = memoryview(data).cast("B") if len(data) else b""
+    def write(self, view: bytes | memoryview) -> None:
         self.digest.update(view)
         self._stream.write(view)
         self.size += len(view)

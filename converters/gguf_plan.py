@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 from . import gguf_architectures as architectures
 from . import gguf_types, safetensors_rows
 from .adapter import EMBEDDING, HEAD, Adapter, Change, check_fit, read_adapter
-from .ggml import TYPES, Ggml, GgmlType
+from .ggml import Ggml, GgmlType
 from .gguf_metadata import metadata, rope_parameters, stop_token_ids
 from .gguf_writer import KeyValue, TensorInfo, data_size, head, uint32
 from .merge import MergedTensor, read_whole
@@ -70,6 +71,11 @@ class Details:
     chat_template_sha256: str | None
 
 
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions, ggml: Ggml) -> Plan:
     """Raises: ModelError, UnsupportedModel."""
     config = read_config(source.base)
@@ -83,7 +89,7 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     items, name = _items(tensors, mixture, family, sizes, config)
     if adapter is not None:
         warnings += _no_effect(adapter, ggml)
-    pairs = _metadata(source, config, items, gguf_types.FILE_TYPES[name], warnings)
+    pairs = _metadata(source, options, config, items, gguf_types.FILE_TYPES[name], warnings)
     return _plan(source, target, options, items, pairs, warnings, name)
 
 
@@ -185,7 +191,10 @@ def _items(
 ) -> tuple[list[Item], str]:
     """The file's tensors in its order, and the mixture that was really used."""
     sources: dict[str, MergedTensor | NDArray[np.float32]] = dict(tensors)
-    if family.name == "llama" and (factors := architectures.rope_factors(rope_parameters(config), sizes.head)) is not None:
+    if (
+        family.name == "llama"
+        and (factors := architectures.rope_factors(rope_parameters(config), sizes.head)) is not None
+    ):
         sources["rope_freqs.weight"] = factors
     names = sorted(sources, key=gguf_types.order)
     shapes = [gguf_types.Shape(name, sources[name].shape) for name in names]
@@ -215,7 +224,12 @@ def _no_effect(adapter: Adapter, ggml: Ggml) -> list[str]:
 
 
 def _metadata(
-    source: Source, config: Mapping[str, Any], items: Sequence[Item], file_type: int, warnings: list[str]
+    source: Source,
+    options: ConvertOptions,
+    config: Mapping[str, Any],
+    items: Sequence[Item],
+    file_type: int,
+    warnings: list[str],
 ) -> list[KeyValue]:
     embedding = next(item for item in items if item.name == "token_embd.weight")
     tokenizer, template = source.base, source.chat_template
@@ -232,6 +246,7 @@ def _metadata(
         rows=embedding.rows,
         parameters=sum(item.weights for item in items),
         chat_template=template,
+        tokenizer_pre=options.extra.get("tokenizer_pre"),
         warn=warnings.append,
     )
     return [
@@ -274,5 +289,8 @@ def _plan(
         parameters=weights,
         bits_per_weight=bits,
         warnings=tuple(warnings),
+        seconds=gguf_types.estimated_seconds(
+            [(item.type, item.weights) for item in items], options.threads or available_cores()
+        ),
         details=details,
     )

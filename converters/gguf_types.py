@@ -84,9 +84,7 @@ def assign(mixture: str, tensors: Sequence[Shape], layers: int, *, wide_values: 
 
 
 def quantizable(tensor: Shape) -> bool:
-    return (
-        len(tensor.shape) > 1 and tensor.name.endswith("weight") and not tensor.name.endswith("_norm.weight")
-    )
+    return len(tensor.shape) > 1 and tensor.name.endswith("weight") and not tensor.name.endswith("_norm.weight")
 
 
 def more_bits(layer: int, layers: int) -> bool:
@@ -117,3 +115,13 @@ def honest_label(target: str, mixture: str, bits: float, notes: Sequence[str]) -
     if fallbacks == 0:
         return []
     return [f"{mixture} is a label: {fallbacks} of {len(notes)} tensors fall back, {bits:.2f} bits per weight in all"]
+
+
+_SPEED = {"Q4_K": 15.0, "Q5_K": 17.0, "Q6_K": 25.0, "IQ4_NL": 3.5}
+"""Million weights per second and core that ggml quantizes, measured on a 2.x GHz x86-64 server core."""
+_OTHER_SPEED = 250.0
+
+
+def estimated_seconds(tensors: Sequence[tuple[GgmlType, int]], threads: int) -> float:
+    """Rough time for (type, weights) pairs, with a second for starting and the tokenizer."""
+    return 1 + sum(weights / 1e6 / _SPEED.get(kind.name, _OTHER_SPEED) for kind, weights in tensors) / threads

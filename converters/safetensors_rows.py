@@ -167,7 +167,7 @@ class Reader:
         Raises:
             ModelError: the file ends early or cannot be read.
         """
-        view = memoryview(out).cast("B")
+        view = out.reshape(-1).data
         position = tensor.offset + start * (tensor.bytes // tensor.rows)
         handle = self._handles[tensor.file]
         while view:

@@ -1,10 +1,11 @@
-"""From a run, or a model and an adapter, to one deployable file: finds the parts, converts, records where it came from."""
+"""From a run, or a model and an adapter, to one deployable file, with a record of where it came from."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,12 +51,14 @@ def prepare(
     out: Path | None = None,
     rounding: Rounding = "none",
     threads: int | None = None,
+    tokenizer_pre: str | None = None,
     progress: Progress | None = None,
 ) -> Export:
     """Find every part and plan the export; reads headers, not weights.
 
     Args:
         model: a run, an adapter directory, or any model reference (a GGUF is first imported).
+        tokenizer_pre: llama.cpp's name of the pre-tokenizer, when it cannot be told from the tokenizer.
         out: the file to write; by default `<name>-<target's short name>` in the current folder.
 
     Raises:
@@ -67,7 +70,7 @@ def prepare(
     out = out or Path(default_name(origin.name, target))
     if out.is_dir():
         raise UsageError(f"{out} is a folder", "Give the file to write with --out.")
-    options = ConvertOptions(out, rounding, threads)
+    options = ConvertOptions(out, rounding, threads, {"tokenizer_pre": tokenizer_pre})
     return Export(origin, converter.plan(origin.source, target, options), converter)
 
 
@@ -79,13 +82,16 @@ def export(prepared: Export, progress: Progress) -> Artifact:
         WriteError: the disk is full or read-only; nothing that looks finished is left.
     """
     origin = prepared.origin
-    digest = weights_digest(origin.source.base)
-    if origin.base_digest is not None and digest != origin.base_digest:
-        raise ModelError(
-            f"{origin.source.base} has changed since {origin.run.path if origin.run else 'the run'} was trained on it",
-            "The adapter belongs to the old weights: restore them or train again.",
-        )
-    artifact = prepared.converter.convert(prepared.plan, progress)
+    base = origin.source.base
+    with ThreadPoolExecutor(1) as background:
+        hashing = background.submit(weights_digest, base)
+        if origin.base_digest is not None and hashing.result() != origin.base_digest:
+            raise ModelError(
+                f"{base} has changed since {origin.run.path if origin.run else 'the run'} was trained on it",
+                "The adapter belongs to the old weights: restore them or train again.",
+            )
+        artifact = prepared.converter.convert(prepared.plan, progress)
+        digest = hashing.result()
     assert artifact.manifest is not None
     manifest = dataclasses.replace(
         artifact.manifest,

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from numpy.typing import NDArray
-
 from edgeft.converters import ggml
 from edgeft.converters.gguf_plan import make_plan
 from edgeft.converters.merge import MergedTensor
 from edgeft.converters.safetensors_rows import Reader
+from numpy.typing import NDArray
+
 from edgeft.errors import ModelError, UnsupportedModel
 from edgeft.plugins import ConvertOptions, Plan, Source
 

@@ -48,6 +48,9 @@ Examples:
     show_default=True,
     help="Round merged weights first, as merging to a 16-bit checkpoint would.",
 )
+@click.option(
+    "--tokenizer-pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where edgeft asks for it."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that quantize; default: all cores.")
 @json_option
 @dry_run_option
@@ -58,6 +61,7 @@ def export(
     out: Path | None,
     no_verify: bool,
     rounding: Any,
+    tokenizer_pre: str | None,
     threads: int | None,
     as_json: bool,
     dry_run: bool,
@@ -72,7 +76,14 @@ def export(
     target = target or str(config.load()["export.target"].value)
     progress = ConsoleProgress()
     prepared = workflow.prepare(
-        model, target, adapter=adapter, out=out, rounding=rounding, threads=threads, progress=progress
+        model,
+        target,
+        adapter=adapter,
+        out=out,
+        rounding=rounding,
+        threads=threads,
+        tokenizer_pre=tokenizer_pre,
+        progress=progress,
     )
     for warning in prepared.plan.warnings:
         note(f"note: {warning}")
