@@ -37,6 +37,8 @@ class Manifest:
     """Folder of the run it was exported from."""
     chat_template_sha256: str | None = None
     stop_token_ids: tuple[int, ...] = ()
+    system: str | None = None
+    """The system prompt that every training example had; chatting without it would be another task."""
     licence: str | None = None
     ledger: Mapping[str, float] = field(default_factory=dict)
     """Stage -> mean negative log-likelihood (nats per completion token) on one held-out set."""
