@@ -4,7 +4,7 @@ The converter is inside the source distribution of `llama-cpp-python`, the quant
 llama-cpp-python`, which needs a compiler), real tokenizers in npm packages. A missing part fails with a message: a
 proof that silently did not run is worth nothing.
 
-    python tests/reference.py JOBS.json     runs conversions and quantizations; see `Job`
+    python tests/reference.py SOURCE     reads jobs from stdin, one JSON object a line; see `Job`
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _config(tokenizer: str, shape: Shape) -> Any:
     if tokenizer.startswith("qwen2"):
         return transformers.Qwen2Config(**common)
     if tokenizer.startswith("qwen3"):
-        return transformers.Qwen3Config(**common, head_dim=32)
+        return transformers.Qwen3Config(**common, head_dim=max(32, shape.hidden // shape.heads))
     if tokenizer == "llama3_2":
         return transformers.LlamaConfig(**common, rope_parameters=LLAMA3_ROPE, bos_token_id=128000, eos_token_id=128009)
     return transformers.LlamaConfig(**common, bos_token_id=1, eos_token_id=2)
@@ -169,29 +169,54 @@ class Job:
     model: str
     bf16: str
     quantized: dict[str, str] = field(default_factory=dict)
+    vocab_only: bool = False
 
 
-def run_jobs(jobs: Sequence[Job], source: Path, folder: Path) -> None:
-    """All jobs in one process: importing torch and transformers once saves most of the time."""
-    plan = folder / "jobs.json"
-    plan.write_text(json.dumps({"source": str(source), "jobs": [asdict(job) for job in jobs]}))
-    result = subprocess.run([sys.executable, __file__, str(plan)], capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise ReferenceMissing(f"llama.cpp's converter or quantizer failed:\n{result.stderr[-4000:]}")
+class Reference:
+    """A process that converts and quantizes, job after job: importing torch and transformers once saves most time.
+
+    It is a process of its own because the converter brings its own version of the `gguf` package.
+    """
+
+    def __init__(self, source: Path, log: Path) -> None:
+        self._log = log
+        with log.open("w") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(source)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+
+    def run(self, job: Job) -> None:
+        """Raises: ReferenceMissing with the end of the log when it fails."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+        self._process.stdin.flush()
+        if self._process.stdout.readline().strip() != "done":
+            raise ReferenceMissing(f"llama.cpp's converter or quantizer failed:\n{self._log.read_text()[-4000:]}")
+
+    def close(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
 
 
-def _worker(plan: Path) -> None:
-    content = json.loads(plan.read_text())
-    source = content["source"]
+def _worker(source: str) -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr
     sys.path.insert(0, source)
     import convert_hf_to_gguf  # type: ignore[import-not-found]
 
-    for entry in content["jobs"]:
-        job = Job(**entry)
+    for line in sys.stdin:
+        job = Job(**json.loads(line))
         sys.argv = ["convert_hf_to_gguf.py", job.model, "--outtype", "bf16", "--outfile", job.bf16]
+        sys.argv += ["--vocab-only"] if job.vocab_only else []
         convert_hf_to_gguf.main()
         for target, out in job.quantized.items():
             quantize(Path(job.bf16), Path(out), target)
+        print("done", file=answers, flush=True)
 
 
 def quantize(bf16: Path, out: Path, target: str) -> None:
@@ -227,7 +252,7 @@ class Gguf:
 
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 12: (256, 144),
+BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 12: (256, 144),
            13: (256, 176), 14: (256, 210), 30: (1, 2)}  # fmt: skip
 """ggml type -> (weights per block, bytes per block)."""
 
@@ -279,7 +304,7 @@ def read_gguf(file: Path) -> Gguf:
 
 def _tensors(infos: Sequence[tuple[str, tuple[int, ...], int, int]], data: memoryview, base: int) -> Iterator[Any]:
     for name, shape, kind, offset in infos:
-        block, size = _BLOCKS[kind]
+        block, size = BLOCKS[kind]
         weights = 1
         for length in shape:
             weights *= length
@@ -288,4 +313,4 @@ def _tensors(infos: Sequence[tuple[str, tuple[int, ...], int, int]], data: memor
 
 
 if __name__ == "__main__":
-    _worker(Path(sys.argv[1]))
+    _worker(sys.argv[1])

@@ -1,0 +1,158 @@
+"""Without an adapter, an export is what llama.cpp's converter and quantizer make, byte for byte."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import parity
+import pytest
+import reference
+from parity import Case, Exported
+from reference import FILE_TYPES, Job, Reference
+
+from edgeft.verify.corpus import texts
+
+pytestmark = pytest.mark.reference
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    worker = Reference(reference.converter_source(cache), tmp_path_factory.mktemp("reference") / "log.txt")
+    yield worker
+    worker.close()
+
+
+def tokenizer_of(case: Case, cache: Path, smollm2: Path) -> Path:
+    return smollm2 if case.tokenizer == "smollm2" else reference.tokenizer_files(cache, case.tokenizer)
+
+
+@pytest.fixture(scope="module", params=parity.TESTED, ids=lambda case: case.label)
+def exported(
+    request: pytest.FixtureRequest,
+    cache: Path,
+    smollm2_hf: Path,
+    llama_cpp: Reference,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Exported]:
+    folder = tmp_path_factory.mktemp("case")
+    yield parity.prepare(request.param, folder, tokenizer_of(request.param, cache, smollm2_hf), llama_cpp)
+    # Eighteen cases of some hundred megabytes would pile up.
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("target", FILE_TYPES)
+def test_every_tensor_is_byte_identical(exported: Exported, target: str) -> None:
+    ours, theirs = (reference.read_gguf(file) for file in (exported.ours(target), exported.theirs(target)))
+    assert parity.different_tensors(ours, theirs) == []
+    assert list(parity.unexplained(ours, theirs)) == []
+
+
+def test_llama_cpp_reads_text_as_the_tokenizer_does(exported: Exported) -> None:
+    from tokenizers import Tokenizer
+
+    if exported.case.shape not in (parity.WIDE,):
+        pytest.skip("the vocabulary does not depend on the shape")
+    expected = Tokenizer.from_file(str(exported.model / "tokenizer.json"))
+    vocabulary = load_vocabulary(exported.ours("gguf-q8_0"))
+    different = {
+        text
+        for _, text in texts()
+        if vocabulary.tokenize(text.encode(), add_bos=False, special=True)
+        != expected.encode(text, add_special_tokens=False).ids
+    }
+    # llama.cpp normalizes nothing; Qwen's tokenizer composes characters first.
+    assert different == {text for text in different if is_qwen(exported) and not composed(text)}
+
+
+def load_vocabulary(file: Path):  # type: ignore[no-untyped-def]
+    import llama_cpp
+
+    return llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+
+
+def is_qwen(exported: Exported) -> bool:
+    return exported.case.tokenizer.startswith("qwen")
+
+
+def composed(text: str) -> bool:
+    import unicodedata
+
+    return unicodedata.is_normalized("NFC", text)
+
+
+# --- With an adapter ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["smollm2", "qwen2_5", "qwen3"])
+def test_merging_on_the_way_gives_what_merging_first_gives(
+    tokenizer: str, cache: Path, smollm2_hf: Path, llama_cpp: Reference, tmp_path: Path
+) -> None:
+    case = Case(tokenizer, parity.WIDE)
+    source = tokenizer_of(case, cache, smollm2_hf)
+    base = reference.build_model(tmp_path / "base", tokenizer, source, case.shape)
+    adapter, merged = parity.add_adapter(base, tmp_path / "merged")
+    parity.convert_and_quantize(merged, tmp_path, llama_cpp)
+    for target in FILE_TYPES:
+        file = parity.export(base, target, tmp_path / f"ours-{target}.gguf", adapter, "bf16")
+        ours, theirs = (reference.read_gguf(path) for path in (file, tmp_path / f"theirs-{target}.gguf"))
+        differing, total = parity.differing_blocks(ours, theirs)
+        # Float32 sums in another order, rounded to bfloat16: now and then a weight falls on the other side.
+        assert differing / total < 0.01, f"{target}: {differing} of {total} blocks"
+        changed = {name for name in parity.different_tensors(ours, theirs) if not name.startswith("blk.")}
+        assert changed == set()
+
+
+# --- Where llama.cpp is wrong -------------------------------------------------
+
+
+@pytest.fixture
+def qwen(cache: Path, tmp_path: Path) -> Path:
+    source = reference.tokenizer_files(cache, "qwen3")
+    return reference.build_model(tmp_path / "qwen", "qwen3", source, parity.NARROW)
+
+
+def their_metadata(model: Path, llama_cpp: Reference) -> dict[str, object]:
+    file = model.with_suffix(".gguf")
+    llama_cpp.run(Job(str(model), str(file), vocab_only=True))
+    return {key: value for key, (_, value) in reference.read_gguf(file).metadata.items()}
+
+
+def our_metadata(model: Path) -> dict[str, object]:
+    from edgeft.converters.gguf_metadata import metadata
+
+    return {pair.key: pair.value for pair in metadata(model, json.loads((model / "config.json").read_text()))}
+
+
+def test_llama_cpp_prefers_a_stale_template(qwen: Path, llama_cpp: Reference) -> None:
+    (qwen / "chat_template.jinja").write_text("fresh")
+    assert our_metadata(qwen)["tokenizer.chat_template"] == "fresh"
+    assert their_metadata(qwen, llama_cpp)["tokenizer.chat_template"] != "fresh"
+
+
+def test_llama_cpp_forgets_stop_tokens_of_the_generation_config(qwen: Path, llama_cpp: Reference) -> None:
+    (qwen / "generation_config.json").write_text(json.dumps({"eos_token_id": [151645, 151658]}))
+    assert our_metadata(qwen)["tokenizer.ggml.eot_token_id"] == 151658
+    assert "tokenizer.ggml.eot_token_id" not in their_metadata(qwen, llama_cpp)
+
+
+def test_stop_tokens_end_generation_in_llama_cpp(qwen: Path, tmp_path: Path) -> None:
+    import llama_cpp
+
+    (qwen / "generation_config.json").write_text(json.dumps({"eos_token_id": [151645, 151643, 151658, 151657]}))
+    vocabulary = load_vocabulary(parity.export(qwen, "gguf-q8_0", tmp_path / "q.gguf"))
+    ends = [llama_cpp.llama_vocab_is_eog(vocabulary._model.vocab, id_) for id_ in (151645, 151643, 151658, 151657)]
+    assert all(ends)
+    assert not llama_cpp.llama_vocab_is_eog(vocabulary._model.vocab, 128247)
+
+
+def test_llama_cpp_does_not_know_a_tokenizer_with_one_more_token(qwen: Path, cache: Path, tmp_path: Path) -> None:
+    document = json.loads((qwen / "tokenizer.json").read_text())
+    # A fine-tune that teaches the tokenizer a piece of llama.cpp's test string.
+    document["added_tokens"].append({**document["added_tokens"][-1], "id": 151669, "content": "apple工作"})
+    (qwen / "tokenizer.json").write_text(json.dumps(document))
+    assert our_metadata(qwen)["tokenizer.ggml.pre"] == "qwen2"
+    worker = Reference(reference.converter_source(cache), tmp_path / "log.txt")
+    with pytest.raises(reference.ReferenceMissing, match="pre-tokenizer was not recognized"):
+        their_metadata(qwen, worker)
+    worker.close()
