@@ -25,9 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import parity  # noqa: E402
+import parity_cases as parity  # noqa: E402
 import reference  # noqa: E402
-from parity import Case, Exported  # noqa: E402
+from parity_cases import Case, Exported  # noqa: E402
 from reference import FILE_TYPES, Reference  # noqa: E402
 
 CACHE = Path(os.environ.get("EDGEFT_TEST_CACHE", ROOT / ".cache"))
@@ -129,8 +129,9 @@ def table(plain: list[Result], adapted: list[AdapterResult], command: str) -> st
         "|---|---|--:|--:|--:|--:|",
         *(f"| {r.label} | {r.target} | {r.tensors} | {r.different} | {r.keys} | {r.unexplained} |" for r in plain),
         "",
-        "With a rank-8 adapter on all linear layers and `--round bf16`, against PEFT merge (bfloat16), convert, quantize:"
-        " blocks of the adapted tensors that differ, from float32 sums in another order before rounding to bfloat16.",
+        "With a rank-8 adapter on all linear layers and `--round bf16`, against PEFT merge (bfloat16), convert, "
+        "quantize: blocks of the adapted tensors that differ, because float32 sums in another order are rounded to "
+        "bfloat16.",
         "",
         "| model | target | blocks | different | share |",
         "|---|---|--:|--:|--:|",

@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import parity
+import parity_cases as parity
 import pytest
 import reference
-from parity import Case, Exported
+from parity_cases import Case, Exported
 from reference import FILE_TYPES, Job, Reference
 
 from edgeft.verify.corpus import texts
@@ -147,12 +147,18 @@ def test_stop_tokens_end_generation_in_llama_cpp(qwen: Path, tmp_path: Path) -> 
 
 
 def test_llama_cpp_does_not_know_a_tokenizer_with_one_more_token(qwen: Path, cache: Path, tmp_path: Path) -> None:
-    document = json.loads((qwen / "tokenizer.json").read_text())
-    # A fine-tune that teaches the tokenizer a piece of llama.cpp's test string.
-    document["added_tokens"].append({**document["added_tokens"][-1], "id": 151669, "content": "apple工作"})
-    (qwen / "tokenizer.json").write_text(json.dumps(document))
-    assert our_metadata(qwen)["tokenizer.ggml.pre"] == "qwen2"
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(qwen)
+    # A piece of the string that llama.cpp's converter hashes the tokens of.
+    tokenizer.add_tokens(["apple工作"])
+    tokenizer.save_pretrained(qwen)
+    ours = our_metadata(qwen)
+    assert ours["tokenizer.ggml.pre"] == "qwen2"
+    assert ours["tokenizer.ggml.tokens"][151669] == "apple工作"  # type: ignore[index]
     worker = Reference(reference.converter_source(cache), tmp_path / "log.txt")
-    with pytest.raises(reference.ReferenceMissing, match="pre-tokenizer was not recognized"):
-        their_metadata(qwen, worker)
-    worker.close()
+    try:
+        with pytest.raises(reference.ReferenceMissing, match="pre-tokenizer was not recognized"):
+            their_metadata(qwen, worker)
+    finally:
+        worker.close()
