@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -84,12 +85,24 @@ class Cancel:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._listeners: list[Callable[[], None]] = []
 
     def set(self) -> None:
         self._event.set()
+        for listener in list(self._listeners):
+            listener()
 
     def __bool__(self) -> bool:
         return self._event.is_set()
+
+    @contextlib.contextmanager
+    def calls(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Call `listener` when the switch is thrown, from whichever thread throws it."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
 
 
 @dataclass(frozen=True)

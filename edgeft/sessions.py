@@ -1,0 +1,95 @@
+"""Opening a model: from what a user names to a loaded session on a runtime that can run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgeft import plugins
+from edgeft.artifact import Artifact, open_artifact
+from edgeft.errors import MissingDependency, ModelError, PluginError, UsageError
+from edgeft.models import resolve
+from edgeft.plugins import LoadOptions, Runtime, Session, Support
+from edgeft.progress import Progress
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A loaded model, and what was chosen to load it."""
+
+    session: Session
+    artifact: Artifact
+    runtime: str
+    reason: str
+    """Why this runtime."""
+
+
+def open_session(
+    reference: str, runtime: str = AUTO, options: LoadOptions | None = None, progress: Progress | None = None
+) -> Opened:
+    """Load a model by reference.
+
+    Args:
+        reference: anything `edgeft.models.resolve` understands that is, or was pulled as, a file a runtime runs.
+        runtime: a runtime's name, or "auto": the first one that can run it.
+
+    Raises:
+        UsageError, ModelError: the model cannot be found or read.
+        MissingDependency: no runtime that could run it is installed.
+    """
+    artifact = find_artifact(reference, runtime, progress)
+    name, reason = choose(artifact) if runtime == AUTO else (runtime, "asked for")
+    plugin: Runtime = plugins.load("runtimes", name)
+    support = plugin.supports(artifact)
+    if not support.ok:
+        raise _unsupported(name, support)
+    return Opened(plugin.load(artifact, options or LoadOptions()), artifact, name, reason)
+
+
+def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None = None) -> Artifact:
+    """The file behind a reference."""
+    if runtime == "echo" or reference.endswith(".echo.json"):
+        from pathlib import Path
+
+        return Artifact(Path(reference))
+    found = resolve(reference, progress=progress)
+    if found.kind != "gguf":
+        raise UsageError(
+            f"{reference} is not a file a runtime can run",
+            f"Make one first: edgeft export {reference} --to gguf-q4",
+        )
+    return open_artifact(found.path)
+
+
+def choose(artifact: Artifact) -> tuple[str, str]:
+    """The first runtime that can run the artifact, and why.
+
+    A binding compiled on this machine comes first: it uses instructions that a prebuilt wheel may not.
+
+    Raises:
+        MissingDependency: one could, if its package were installed.
+        ModelError: none can.
+    """
+    refusals: list[tuple[str, Support]] = []
+    for name in plugins.names("runtimes"):
+        try:
+            support = plugins.load("runtimes", name).supports(artifact)
+        except (MissingDependency, PluginError) as error:
+            support = Support(False, error.message, error.hint)
+        if support.ok:
+            passed_over = ", ".join(other for other, _ in refusals)
+            return name, f"first that can{f' (not {passed_over})' if passed_over else ''}"
+        refusals.append((name, support))
+    installable = next((support for _, support in reversed(refusals) if support.install), None)
+    if installable:
+        raise MissingDependency("no runtime for this model is installed", installable.install)
+    raise ModelError(
+        f"no runtime can run {artifact.path}: " + "; ".join(f"{name}: {support.reason}" for name, support in refusals)
+    )
+
+
+def _unsupported(name: str, support: Support) -> MissingDependency | ModelError:
+    if support.install:
+        return MissingDependency(support.reason, support.install)
+    return ModelError(f"{name} cannot run this model: {support.reason}")

@@ -1,0 +1,354 @@
+"""A session on llama.cpp's C interface; what `llama-cpp-python` and `xllamacpp` share."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from edgeft.chat import Cancel, ChatTemplate, Delta, FinishReason, Message, Sampling, TokenIds, Usage
+from edgeft.errors import ModelError, UsageError
+from edgeft.plugins import AdapterScale, LoadOptions
+
+from .cores import available_cores, physical_cores
+from .json_grammar import schema_to_grammar
+from .llama_api import Batch, Library, SamplerChainParams, Token, abort_function
+from .text_stream import TextStream
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+DEFAULT_CONTEXT = 4096
+_SCORE_ROWS = 128
+"""Positions scored at once: 128 rows of a 150,000-token vocabulary are 77 MB."""
+_PENALTY_WINDOW = 64
+_ABORTED = 2
+
+
+class LlamaSession:
+    """One model, one context, one sequence whose keys and values are kept between calls."""
+
+    def __init__(self, library: Library, path: Path, options: LoadOptions) -> None:
+        self._lib, self._path = library, path
+        self._model = self._ctx = None
+        self._adapters: dict[Path, int] = {}
+        self._cached: TokenIds = []
+        self._abort = ctypes.create_string_buffer(2)
+        self._model = _load_model(library, path, options)
+        self._vocab = library.llama_model_get_vocab(self._model)
+        self._ctx = _make_context(library, self._model, options, path)
+        self._memory = library.llama_get_memory(self._ctx)
+        self.context = int(library.llama_n_ctx(self._ctx))
+        self.vocabulary = int(library.llama_vocab_n_tokens(self._vocab))
+        self._batch = options.batch
+        library.llama_set_abort_callback(self._ctx, abort_function(), ctypes.addressof(self._abort))
+
+    def __enter__(self) -> LlamaSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model and everything that belongs to it. Calling it again does nothing."""
+        if self._ctx is not None:
+            self._lib.llama_free(self._ctx)
+            self._ctx = None
+        for adapter in self._adapters.values():
+            self._lib.llama_adapter_lora_free(adapter)
+        self._adapters = {}
+        if self._model is not None:
+            self._lib.llama_model_free(self._model)
+            self._model = None
+
+    def _alive(self) -> None:
+        if self._ctx is None:
+            raise ModelError(f"the session on {self._path} is closed")
+
+    # --- Text ---------------------------------------------------------------
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> TokenIds:
+        text = self.template().render(messages, tools=tools)
+        return self.tokenize(text, special=True, bos=True)
+
+    def template(self) -> ChatTemplate:
+        """The model's own template. Raises: ModelError when the file has none."""
+        self._alive()
+        source = self._lib.llama_model_chat_template(self._model, None)
+        if not source:
+            raise ModelError(
+                f"{self._path} has no chat template, and edgeft does not guess one",
+                "Export the model again from a base that has one, or use a plain-text prompt.",
+            )
+        lib, vocab = self._lib, self._vocab
+        return ChatTemplate(
+            source.decode(), self._text(lib.llama_vocab_bos(vocab)), self._text(lib.llama_vocab_eos(vocab))
+        )
+
+    def _text(self, token: int) -> str:
+        text = self._lib.llama_vocab_get_text(self._vocab, token) if token >= 0 else None
+        return text.decode("utf-8", "replace") if text else ""
+
+    def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> TokenIds:
+        self._alive()
+        data = text.encode()
+        room = (Token * (len(data) + 8))()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), room, len(room), False, special)
+        if count < 0:
+            raise ModelError(f"{self._path}: the tokenizer cannot read this text ({len(data)} bytes)")
+        tokens = list(room[:count])
+        first = self._lib.llama_vocab_bos(self._vocab)
+        # A template may already have written the token: two of them make a model worse.
+        if bos and self._lib.llama_vocab_get_add_bos(self._vocab) and tokens[:1] != [first]:
+            tokens.insert(0, first)
+        return tokens
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        self._alive()
+        return b"".join(self._piece(token) for token in tokens).decode("utf-8", "replace")
+
+    def _piece(self, token: int) -> bytes:
+        room = ctypes.create_string_buffer(64)
+        size = self._lib.llama_token_to_piece(self._vocab, token, room, len(room), 0, False)
+        if size < 0:
+            room = ctypes.create_string_buffer(-size)
+            size = self._lib.llama_token_to_piece(self._vocab, token, room, len(room), 0, False)
+        return room.raw[:size]
+
+    # --- Generation ---------------------------------------------------------
+
+    def generate(self, prompt: TokenIds, sampling: Sampling, cancel: Cancel | None = None) -> Iterator[Delta]:
+        self._alive()
+        if not prompt:
+            raise UsageError("the prompt is empty")
+        if len(prompt) >= self.context:
+            raise ModelError(
+                f"the prompt has {len(prompt)} tokens; the context holds {self.context}",
+                "Shorten the conversation, or load the model with a longer --context.",
+            )
+        sampler = self._sampler(sampling, prompt)
+        cancel = Cancel() if cancel is None else cancel  # an unthrown switch is false
+        try:
+            with cancel.calls(self._stop_now):
+                yield from self._stream(prompt, sampling, sampler, cancel)
+        finally:
+            self._abort[0] = b"\0"
+            self._lib.llama_sampler_free(sampler)
+
+    def _stop_now(self) -> None:
+        self._abort[0] = b"\1"
+
+    def _stream(self, prompt: TokenIds, sampling: Sampling, sampler: int, cancel: Cancel) -> Iterator[Delta]:
+        lib, started = self._lib, time.perf_counter()
+        stream = TextStream(sampling.stop)
+        reused = self._reuse(prompt, len(prompt) - 1)
+        produced, first, last = 0, started, started
+        reason: FinishReason = "cancel"
+        ready = not cancel and self._prefill(prompt, reused)
+        one = (Token * 1)()
+        batch = Batch(n_tokens=1, token=one)
+        while ready:
+            if cancel:
+                break
+            token = lib.llama_sampler_sample(sampler, self._ctx, -1)
+            last = time.perf_counter()
+            if lib.llama_vocab_is_eog(self._vocab, token):
+                reason = "stop"
+                break
+            first = last if produced == 0 else first
+            produced += 1
+            text = stream.push(self._piece(token))
+            logprob, top = self._logprobs(token, sampling.top_logprobs)
+            yield Delta(text, token, logprob, top)
+            if stream.stopped:
+                reason = "stop"
+                break
+            if produced >= sampling.max_tokens or len(self._cached) >= self.context:
+                reason = "length"
+                break
+            one[0] = token
+            ready = self._decode(batch, [token])
+        usage = Usage(
+            len(prompt), reused, produced, (first if produced else last) - started, max(last - first, 0.0), reason
+        )
+        yield Delta(stream.flush(), usage=usage)
+
+    def _reuse(self, tokens: TokenIds, most: int) -> int:
+        """Keep the keys and values of the longest common prefix, at most `most` tokens; drop the rest."""
+        shared = 0
+        for mine, theirs in zip(self._cached, tokens[:most], strict=False):
+            if mine != theirs:
+                break
+            shared += 1
+        if shared < len(self._cached) and not self._lib.llama_memory_seq_rm(self._memory, 0, shared, -1):
+            # Recurrent models cannot forget a part.
+            self._lib.llama_memory_clear(self._memory, True)
+            shared = 0
+        self._cached = self._cached[:shared]
+        return shared
+
+    def _prefill(self, tokens: TokenIds, start: int) -> bool:
+        """Evaluate `tokens[start:]`; False when cancelled."""
+        for at in range(start, len(tokens), self._batch):
+            part = tokens[at : at + self._batch]
+            if not self._decode(Batch(n_tokens=len(part), token=(Token * len(part))(*part)), part):
+                return False
+        return True
+
+    def _decode(self, batch: Batch, tokens: TokenIds) -> bool:
+        """Evaluate one batch after what is cached; False when it was aborted, with the cache as before."""
+        code = self._lib.llama_decode(self._ctx, batch)
+        if code == 0:
+            self._cached += tokens
+            return True
+        self._lib.llama_memory_seq_rm(self._memory, 0, len(self._cached), -1)
+        if code == _ABORTED:
+            return False
+        raise ModelError(f"llama.cpp could not evaluate {len(tokens)} tokens (code {code}){self._said()}")
+
+    def _said(self) -> str:
+        return f": {self._lib.errors[-1]}" if self._lib.errors else ""
+
+    def _sampler(self, sampling: Sampling, prompt: TokenIds) -> int:
+        """A sampler chain, in the order of llama.cpp's own tools."""
+        lib = self._lib
+        chain = lib.llama_sampler_chain_init(SamplerChainParams(True))
+        if sampling.json_schema is not None:
+            lib.llama_sampler_chain_add(chain, self._grammar_sampler(sampling.json_schema))
+        if sampling.repeat_penalty != 1.0:
+            penalties = lib.llama_sampler_init_penalties(
+                self.vocabulary, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
+            )
+            for token in prompt[-_PENALTY_WINDOW:]:
+                lib.llama_sampler_accept(penalties, token)
+            lib.llama_sampler_chain_add(chain, penalties)
+        if sampling.temperature <= 0:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
+            return int(chain)
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(sampling.top_k))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(sampling.top_p, 1))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(sampling.min_p, 1))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(sampling.temperature))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(sampling.seed & 0xFFFFFFFF))
+        return int(chain)
+
+    def _grammar_sampler(self, schema: Mapping[str, Any]) -> int:
+        grammar = schema_to_grammar(schema)
+        sampler = self._lib.llama_sampler_init_grammar(self._vocab, grammar.encode(), b"root")
+        if not sampler:
+            raise UsageError(f"llama.cpp cannot follow this JSON schema: {json.dumps(schema)[:200]}")
+        return int(sampler)
+
+    def _logprobs(self, token: int, top: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+        if not top:
+            return None, ()
+        import numpy as np
+
+        row = _log_softmax(self._logits(1))[0]
+        best = np.argpartition(row, -top)[-top:]
+        best = best[np.argsort(row[best])[::-1]]
+        return float(row[token]), tuple((int(index), float(row[index])) for index in best)
+
+    def _logits(self, rows: int) -> NDArray[np.float32]:
+        """The last batch's outputs, shape (rows, vocabulary). A view: llama.cpp overwrites it at the next batch."""
+        import numpy as np
+
+        pointer = self._lib.llama_get_logits(self._ctx)
+        return np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary))
+
+    # --- Scoring ------------------------------------------------------------
+
+    def score(self, tokens: TokenIds, start: int = 0) -> NDArray[np.float32]:
+        import numpy as np
+
+        self._alive()
+        if not 0 <= start < len(tokens):
+            raise UsageError(f"nothing to score: start {start} of {len(tokens)} tokens")
+        if len(tokens) > self.context:
+            raise ModelError(f"{len(tokens)} tokens to score; the context holds {self.context}")
+        result = np.empty((len(tokens) - start, self.vocabulary), np.float32)
+        reused = self._reuse(tokens, start)
+        self._prefill(tokens[:start], reused)
+        for at in range(start, len(tokens), _SCORE_ROWS):
+            part = tokens[at : at + _SCORE_ROWS]
+            self._decode(_scored_batch(part, at), part)
+            result[at - start : at - start + len(part)] = _log_softmax(self._logits(len(part)))
+        return result
+
+    # --- Adapters -----------------------------------------------------------
+
+    def set_adapters(self, adapters: Sequence[AdapterScale]) -> None:
+        self._alive()
+        handles = [self._adapter(adapter.path) for adapter in adapters]
+        count = len(handles)
+        scales = (ctypes.c_float * count)(*(adapter.scale for adapter in adapters))
+        if self._lib.llama_set_adapters_lora(self._ctx, (ctypes.c_void_p * count)(*handles), count, scales):
+            raise ModelError(f"llama.cpp refused the adapters{self._said()}")
+        # What is cached was computed with other weights.
+        self._lib.llama_memory_clear(self._memory, True)
+        self._cached = []
+
+    def _adapter(self, path: Path) -> int:
+        if path not in self._adapters:
+            if not path.is_file():
+                raise ModelError(f"no adapter at {path}")
+            self._lib.forget_errors()
+            handle = self._lib.llama_adapter_lora_init(self._model, str(path).encode())
+            if not handle:
+                raise ModelError(f"{path} is not an adapter for {self._path.name}{self._said()}")
+            self._adapters[path] = handle
+        return self._adapters[path]
+
+
+def _load_model(library: Library, path: Path, options: LoadOptions) -> int:
+    params = library.llama_model_default_params()
+    params.load_mode = 1 if options.use_mmap else 0
+    library.forget_errors()
+    model = library.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        said = "; ".join(library.errors[:2]) or "no reason given"
+        raise ModelError(f"llama.cpp cannot load {path}: {said}", "The file may be cut short; export or pull it again.")
+    return int(model)
+
+
+def _make_context(library: Library, model: int, options: LoadOptions, path: Path) -> int:
+    params = library.llama_context_default_params()
+    params.n_ctx = options.context or min(int(library.llama_model_n_ctx_train(model)), DEFAULT_CONTEXT)
+    params.n_batch = params.n_ubatch = options.batch
+    params.n_threads = options.threads or physical_cores()
+    params.n_threads_batch = options.threads_batch or available_cores()
+    library.forget_errors()
+    context = library.llama_init_from_model(model, params)
+    if not context:
+        library.llama_model_free(model)
+        said = "; ".join(library.errors[:2]) or "no reason given"
+        raise ModelError(
+            f"llama.cpp cannot make a context of {params.n_ctx} tokens for {path}: {said}", "Try a shorter --context."
+        )
+    return int(context)
+
+
+def _scored_batch(tokens: TokenIds, position: int) -> Batch:
+    """A batch that asks for the outputs of all its tokens."""
+    count = len(tokens)
+    return Batch(
+        n_tokens=count,
+        token=(Token * count)(*tokens),
+        pos=(ctypes.c_int32 * count)(*range(position, position + count)),
+        logits=(ctypes.c_int8 * count)(*([1] * count)),
+    )
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    import numpy as np
+
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
