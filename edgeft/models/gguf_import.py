@@ -12,6 +12,7 @@ from typing import Any
 from edgeft import __version__
 from edgeft.errors import UnsupportedModel, require
 from edgeft.models.gguf_header import GgufHeader, read_header
+from edgeft.models.gguf_stops import stop_token_ids
 from edgeft.models.store import SIDECAR, atomic_directory, imports_dir, locked, read_sidecar, sweep
 from edgeft.models.tokenizer_rules import apply_rule
 from edgeft.paths import sha256_file, write_json, write_text
@@ -22,9 +23,6 @@ RECIPE = 2
 
 _MACHINE_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "local_files_only", "is_local", "gguf_file")
 """What transformers leaves in its JSON files about the machine it ran on."""
-
-_STOP_KEYS = ("eos", "eot", "eom")
-"""Kinds of end tokens a GGUF can name (`tokenizer.ggml.<kind>_token_id`)."""
 
 
 def imported(file: Path, progress: Progress | None = None) -> Path:
@@ -148,12 +146,6 @@ def _corrections(header: GgufHeader, name: str) -> dict[str, Any]:
     if name == "generation_config.json" and stops:
         return {"eos_token_id": stops if len(stops) > 1 else stops[0]}
     return {}
-
-
-def stop_token_ids(header: GgufHeader) -> list[int]:
-    """Every token that the GGUF says ends a turn, the model's EOS first."""
-    found = (header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in _STOP_KEYS)
-    return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def _origin(header: GgufHeader, sha256: str) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""`edgeft verify`: proof that a file answers as the trained model does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeft.cli._output import ConsoleProgress, json_option, note, print_json, print_table
+
+if TYPE_CHECKING:
+    from edgeft.data.example import Example
+    from edgeft.run import Run
+    from edgeft.verify.report import Report
+
+EPILOG = """
+\b
+Examples:
+  edgeft verify runs/demo demo-q4.gguf                        on the run's own held-out data
+  edgeft verify ./base demo-q4.gguf --adapter ./adapter --data mine.jsonl
+  edgeft verify runs/demo demo-q4.gguf --tolerance kl=0.02 --tolerance top1=0.99
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("model", metavar="RUN|MODEL")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--adapter", type=click.Path(path_type=Path), help="PEFT adapter on MODEL, when that is not a run.")
+@click.option("--data", help="Data set to compare on; default: the run's own.")
+@click.option("--split", type=click.Choice(["test", "valid", "train"]), help="Default: test, or valid without one.")
+@click.option("--examples", type=click.IntRange(min=1), help="Compare the first N examples only.")
+@click.option("--tolerance", multiple=True, metavar="NAME=VALUE", help="Change a limit: kl, top1 or nll.")
+@click.option("--runtime", default="auto", show_default=True, help="Runtime that loads the file.")
+@json_option
+def verify(
+    model: str,
+    artifact: Path,
+    adapter: Path | None,
+    data: str | None,
+    split: str | None,
+    examples: int | None,
+    tolerance: Sequence[str],
+    runtime: str,
+    as_json: bool,
+) -> None:
+    """Prove that a file answers as the trained model does.
+
+    Compares ARTIFACT, loaded in its runtime, with base and adapter merged in torch: the same tokens for every text, the
+    same chat template, and on held-out data the same next tokens, within limits that depend on the file's bits per
+    weight (docs/verify.md). Writes the losses into the file's manifest. Exit code 5 when a check fails.
+    """
+    limits = dict(_limit(text) for text in tolerance)
+    from edgeft.artifact import update_ledger
+    from edgeft.export import find
+    from edgeft.sessions import open_session
+    from edgeft.verify.check import verify_file
+
+    progress = ConsoleProgress()
+    origin = find(model, adapter, progress)
+    held_out = _held_out(origin.run, data, split)[:examples]
+    opened = open_session(str(artifact), runtime, progress=progress)
+    with opened.session as session:
+        report = verify_file(
+            origin.source,
+            opened.artifact.path,
+            session,
+            held_out,
+            tolerance=limits,
+            nll_training_graph=origin.run.manifest().evaluation.get("nll_training_graph") if origin.run else None,
+            progress=progress,
+        )
+    update_ledger(opened.artifact.path, report.ledger)
+    _print(report, {"model": model, "artifact": str(artifact), "runtime": opened.runtime}, as_json)
+    _fail_on(report, artifact)
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError as error:
+        raise click.UsageError(f"--tolerance: write NAME=VALUE, such as kl=0.05, not {text!r}") from error
+
+
+def _held_out(run: Run | None, data: str | None, split: str | None) -> list[Example]:
+    """The examples to compare on: those asked for, or the run's test split (without one, its validation split)."""
+    from edgeft.data.load import dataset_digest, load_split, resolve_dataset, split_files
+    from edgeft.errors import UsageError
+
+    reference = data
+    if reference is None:
+        if run is None:
+            raise UsageError("what to compare on is not known", "Give a data set with --data.")
+        recorded = run.manifest().data
+        reference = str(recorded["reference"])
+        if dataset_digest(reference) != recorded["digest"]:
+            note(f"note: {reference} has changed since the run was trained on it")
+    if split is None:
+        path = resolve_dataset(reference)
+        split = "valid" if path.is_dir() and "test" not in split_files(path) else "test"
+    return load_split(reference, split)
+
+
+def _print(report: Report, context: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json({**context, **report.as_dict()})
+        return
+    rows = [
+        (
+            finding.name,
+            "skipped" if finding.skipped else "ok" if finding.ok else "FAILED",
+            _number(finding.value),
+            _number(finding.limit),
+            finding.detail,
+        )
+        for finding in report.findings
+    ]
+    print_table(("check", "result", "value", "limit", "what"), rows)
+    click.echo()
+    for key, value in report.figures.items():
+        if value is not None:
+            click.echo(f"{key:<20} {_number(value)}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _fail_on(report: Report, artifact: Path) -> None:
+    from edgeft.errors import CheckFailed
+
+    if not report.ok:
+        failed = "; ".join(f"{finding.name}: {finding.detail}" for finding in report.failed)
+        raise CheckFailed(
+            f"{artifact} is not the trained model within the limits: {failed}",
+            "Export again with more bits (--to gguf-q8_0), or set a limit with --tolerance NAME=VALUE.",
+        )

@@ -1,0 +1,100 @@
+"""The reference of every comparison: base weights in float32 with the adapter merged by PEFT, in torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeft.errors import MissingDependency, ModelError, require
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class TorchReference:
+    """Base and merged model in one set of weights: the adapter is merged in place and can be taken out again.
+
+    The base is read from its 16-bit weights, not through the 4-bit grid of QLoRA: that is what export merges into.
+    """
+
+    def __init__(self, model: Any, has_adapter: bool) -> None:
+        self._model = model
+        self.has_adapter = has_adapter
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self._model.get_output_embeddings().weight.shape[0])
+
+    def log_probs(self, tokens: Sequence[int], rows: Sequence[int]) -> NDArray[np.float32]:
+        """Next-token log-probabilities after the tokens at `rows`: shape (len(rows), vocabulary), natural log."""
+        import torch
+
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)])
+            # Only the wanted rows go through the head: all of them would be tokens x vocabulary floats.
+            logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(list(rows))).logits[0]
+            result: NDArray[np.float32] = torch.log_softmax(logits.float(), dim=-1).numpy()
+            return result
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """The base model, for as long as the context lasts."""
+        if not self.has_adapter:
+            yield
+            return
+        self._model.unmerge_adapter()
+        try:
+            with self._model.disable_adapter():
+                yield
+        finally:
+            self._model.merge_adapter()
+
+
+def available() -> bool:
+    """Whether the reference can be computed here (torch, transformers and peft are installed)."""
+    from importlib.util import find_spec
+
+    return all(find_spec(name) is not None for name in ("torch", "transformers", "peft"))
+
+
+def load_reference(base: Path, adapter: Path | None) -> TorchReference:
+    """Load a base model in float32 and merge an adapter into it.
+
+    Raises:
+        MissingDependency: torch, transformers or peft is not installed.
+        ModelError: the adapter does not fit the base, or one of them cannot be read.
+    """
+    if not available():
+        raise MissingDependency("verifying needs torch, transformers and peft", "pip install 'edgeft[train]'")
+    torch = require("torch", "train")
+    transformers = require("transformers", "train")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{base} cannot be loaded: {_first_line(error)}") from error
+    if adapter is not None:
+        model = _with_adapter(model, base, adapter)
+    return TorchReference(model.eval(), adapter is not None)
+
+
+def _with_adapter(model: Any, base: Path, adapter: Path) -> Any:
+    peft = require("peft", "train")
+    try:
+        model = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        model.merge_adapter()
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise ModelError(
+            f"the adapter {adapter} does not go onto {base}: {_first_line(error)}",
+            "Give the base model that the adapter was trained on.",
+        ) from error
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
