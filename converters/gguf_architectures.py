@@ -15,6 +15,7 @@ import numpy as np
 
 from edgeft.errors import ModelError, UnsupportedModel
 
+from .adapter import HEAD
 from .safetensors_rows import StoredTensor
 
 if TYPE_CHECKING:
@@ -140,14 +141,14 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise UnsupportedModel(f"hidden_act {activation!r} cannot be exported; llama.cpp computes silu here")
 
 
-def gguf_names(family: Family, sizes: Sizes, base: Mapping[str, StoredTensor]) -> dict[str, str]:
+def gguf_names(family: Family, sizes: Sizes, base: Mapping[str, StoredTensor], *, tied: bool) -> dict[str, str]:
     """Hugging Face name -> GGUF name for every tensor of the checkpoint, shapes checked.
 
     Raises:
         ModelError: a tensor is missing or has another shape than config.json says.
         UnsupportedModel: a tensor the family does not have.
     """
-    expected = {name: entry for name, entry in TOP.items() if name in base or name != "lm_head.weight"}
+    expected = {name: entry for name, entry in TOP.items() if not (tied and name == HEAD)}
     for layer in range(sizes.layers):
         prefix = f"model.layers.{layer}."
         for name, (gguf, shape) in {**family.layer, **family.optional}.items():

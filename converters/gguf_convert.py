@@ -77,12 +77,15 @@ def convert(plan: Plan, ggml: Ggml, progress: Progress) -> Artifact:
 
 
 def check_space(out: Path, size: int) -> None:
-    """Raises: WriteError when the disk of `out` has less than `size` bytes free."""
+    """Raises: WriteError when the folder of `out` cannot be written or its disk has less than `size` bytes free."""
     folder = next(parent for parent in (out.parent, *out.parent.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if free < size:
+    if not os.access(folder, os.W_OK):
+        raise WriteError(f"cannot write {out}: {folder} is read-only for you", "Choose another folder with --out.")
+    usage = shutil.disk_usage(folder)
+    # Some file systems do not say how large they are.
+    if usage.total and usage.free < size:
         raise WriteError(
-            f"{out} needs {size / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free",
+            f"{out} needs {size / 1e6:,.1f} MB, {folder} has {usage.free / 1e6:,.1f} MB free",
             "Free some space or choose another --out.",
         )
 

@@ -116,11 +116,11 @@ def _tensors(
     warnings: list[str],
 ) -> dict[str, MergedTensor]:
     """GGUF name -> its weights."""
-    tied = HEAD not in base or bool(config.get("tie_word_embeddings"))
+    tied = bool(config.get("tie_word_embeddings", HEAD not in base))
     if tied and HEAD in base:
         warnings.append(f"{HEAD} is left out: config.json ties it to the embedding, so the model does not use it")
         del base[HEAD]
-    names = architectures.gguf_names(family, sizes, base)
+    names = architectures.gguf_names(family, sizes, base, tied=tied)
     changes = dict(adapter.changes) if adapter else {}
     if adapter:
         check_fit(adapter, base, extra=(HEAD,) if tied else ())

@@ -168,8 +168,9 @@ class LoadedTensor:
         # A sum of squares is NaN or infinite when any value is, and costs a tenth of looking at each; a sum that
         # overflows although all values are finite sends it to the exact test.
         flat = weights.reshape(-1)
-        if np.isfinite(np.dot(flat, flat)):
-            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(np.dot(flat, flat)):
+                return
         bad = np.flatnonzero(~np.isfinite(weights).all(axis=1))
         if bad.size == 0:
             return
