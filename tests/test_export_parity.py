@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import parity_cases as parity
 import pytest
@@ -51,21 +52,25 @@ def test_every_tensor_is_byte_identical(exported: Exported, target: str) -> None
 def test_llama_cpp_reads_text_as_the_tokenizer_does(exported: Exported) -> None:
     from tokenizers import Tokenizer
 
-    if exported.case.shape not in (parity.WIDE,):
+    if exported.case.shape != parity.WIDE:
         pytest.skip("the vocabulary does not depend on the shape")
     expected = Tokenizer.from_file(str(exported.model / "tokenizer.json"))
-    vocabulary = load_vocabulary(exported.ours("gguf-q8_0"))
-    different = {
+    different = different_texts(load_vocabulary(exported.ours("gguf-q8_0")), expected)
+    # llama.cpp normalizes nothing; Qwen's tokenizer composes characters first.
+    assert different == {text for text in different if is_qwen(exported) and not composed(text)}
+
+
+def different_texts(vocabulary: Any, expected: Any) -> set[str]:
+    """Texts of the corpus that llama.cpp turns into other tokens; special tokens are read as such, as in chats."""
+    return {
         text
         for _, text in texts()
         if vocabulary.tokenize(text.encode(), add_bos=False, special=True)
         != expected.encode(text, add_special_tokens=False).ids
     }
-    # llama.cpp normalizes nothing; Qwen's tokenizer composes characters first.
-    assert different == {text for text in different if is_qwen(exported) and not composed(text)}
 
 
-def load_vocabulary(file: Path):  # type: ignore[no-untyped-def]
+def load_vocabulary(file: Path) -> Any:
     import llama_cpp
 
     return llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
@@ -112,13 +117,13 @@ def qwen(cache: Path, tmp_path: Path) -> Path:
     return reference.build_model(tmp_path / "qwen", "qwen3", source, parity.NARROW)
 
 
-def their_metadata(model: Path, llama_cpp: Reference) -> dict[str, object]:
+def their_metadata(model: Path, llama_cpp: Reference) -> dict[str, Any]:
     file = model.with_suffix(".gguf")
     llama_cpp.run(Job(str(model), str(file), vocab_only=True))
     return {key: value for key, (_, value) in reference.read_gguf(file).metadata.items()}
 
 
-def our_metadata(model: Path) -> dict[str, object]:
+def our_metadata(model: Path) -> dict[str, Any]:
     from edgeft.converters.gguf_metadata import metadata
 
     return {pair.key: pair.value for pair in metadata(model, json.loads((model / "config.json").read_text()))}
@@ -146,6 +151,22 @@ def test_stop_tokens_end_generation_in_llama_cpp(qwen: Path, tmp_path: Path) -> 
     assert not llama_cpp.llama_vocab_is_eog(vocabulary._model.vocab, 128247)
 
 
+def test_llama_cpp_merges_in_any_order_without_tokenizer_model(
+    cache: Path, llama_cpp: Reference, tmp_path: Path
+) -> None:
+    """Its own conversion of a SentencePiece tokenizer.json reads texts otherwise; ours reads all as they should be."""
+    from tokenizers import Tokenizer
+
+    source = reference.tokenizer_files(cache, "llama2")
+    model = reference.build_model(tmp_path / "model", "llama2", source, parity.NARROW)
+    llama_cpp.run(Job(str(model), str(tmp_path / "theirs.gguf")))
+    ours = load_vocabulary(parity.export(model, "gguf-q8_0", tmp_path / "ours.gguf"))
+    theirs = load_vocabulary(tmp_path / "theirs.gguf")
+    expected = Tokenizer.from_file(str(source / "tokenizer.json"))
+    assert different_texts(ours, expected) == set()
+    assert len(different_texts(theirs, expected)) > 5
+
+
 def test_llama_cpp_does_not_know_a_tokenizer_with_one_more_token(qwen: Path, cache: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -155,7 +176,7 @@ def test_llama_cpp_does_not_know_a_tokenizer_with_one_more_token(qwen: Path, cac
     tokenizer.save_pretrained(qwen)
     ours = our_metadata(qwen)
     assert ours["tokenizer.ggml.pre"] == "qwen2"
-    assert ours["tokenizer.ggml.tokens"][151669] == "apple工作"  # type: ignore[index]
+    assert ours["tokenizer.ggml.tokens"][151669] == "apple工作"
     worker = Reference(reference.converter_source(cache), tmp_path / "log.txt")
     try:
         with pytest.raises(reference.ReferenceMissing, match="pre-tokenizer was not recognized"):
