@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
+from edgeft.chat import Message
 from edgeft.data.example import Example, Preference
 from edgeft.data.formats import Format, as_record
 from edgeft.data.readers import SUFFIXES, BadLine, Record, read_records
@@ -47,7 +47,7 @@ def resolve_dataset(reference: str | Path) -> Path:
 
 
 def split_files(folder: Path) -> dict[str, Path]:
-    """Split name -> file in a folder; only the splits that are there.
+    """Split name -> file in a folder, in the order train, valid, test; only the splits that are there.
 
     Raises:
         DataError: when two files claim one split.
@@ -60,7 +60,7 @@ def split_files(folder: Path) -> dict[str, Path]:
         if split in found:
             raise DataError(f"{folder} has two {split} splits: {found[split].name} and {file.name}", "Remove one.")
         found[split] = file
-    return found
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def dataset_digest(reference: str | Path) -> str:
@@ -175,12 +175,23 @@ def split_of(item: Example | Preference, shares: dict[str, float] | None = None)
 def prompt_key(item: Example | Preference) -> str:
     """What an example asks, lower-cased and with single spaces; of plain text all of it."""
     if isinstance(item, Preference):
-        messages: Sequence[Any] = item.prompt
+        messages: Sequence[Message] = item.prompt
     elif item.text is not None:
         return _normal(item.text)
     else:
         messages = [message for message in item.messages if message["role"] != "assistant"]
     return _normal("\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages))
+
+
+def spoken_text(item: Example | Preference) -> str:
+    """What is said in an example, normalised; without system prompts, which many examples share."""
+    if isinstance(item, Preference):
+        messages: Sequence[Message] = (*item.prompt, *item.chosen, *item.rejected)
+    elif item.text is not None:
+        return _normal(item.text)
+    else:
+        messages = item.messages
+    return _normal("\n".join(str(message.get("content") or "") for message in messages if message["role"] != "system"))
 
 
 def _normal(text: str) -> str:
