@@ -1,0 +1,163 @@
+"""What `run` and `chat` share: options made from the settings, opening a model, and answers that Ctrl-C stops."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgeft import config
+from edgeft.chat import Cancel, Delta, Sampling, TokenIds
+from edgeft.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgeft.plugins import AdapterScale, LoadOptions, Session
+    from edgeft.sessions import Opened
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_PREFIX = "run."
+_KEYS = [key for key in config.SCHEMA if key.name.startswith(_PREFIX)]
+
+
+def run_options(command: Command) -> Command:
+    """One flag for every `run.*` setting. A flag that is not given is None: `settings` looks further."""
+    for key in reversed(_KEYS):
+        name = key.name.removeprefix(_PREFIX)
+        text = f"{key.help}  [{key.variable}; default: {key.default}]"
+        command = click.option(f"--{name}", _parameter(name), type=_click_type(key), default=None, help=text)(command)
+    return command
+
+
+def _parameter(name: str) -> str:
+    return "run_" + name.replace("-", "_")
+
+
+def _click_type(key: config.Key) -> click.ParamType[Any]:
+    if key.choices:
+        return click.Choice(key.choices)
+    if key.type is int:
+        return click.IntRange(min=None if key.minimum is None else int(key.minimum))
+    if key.type is float:
+        return click.FloatRange(min=key.minimum)
+    return click.STRING
+
+
+def settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The `run.*` settings by their short names: flag > environment > project > user > default.
+
+    Raises:
+        ConfigError: a bad file or environment variable.
+    """
+    values = config.load()
+    chosen = {}
+    for key in _KEYS:
+        name = key.name.removeprefix(_PREFIX)
+        flag = flags.get(_parameter(name))
+        chosen[name] = values[key.name].value if flag is None else flag
+    return chosen
+
+
+def sampling(values: Mapping[str, Any], **more: Any) -> Sampling:
+    names = ("max-tokens", "temperature", "top-k", "top-p", "min-p", "repeat-penalty", "seed")
+    return Sampling(**{name.replace("-", "_"): values[name] for name in names}, **more)
+
+
+def open_model(reference: str, values: Mapping[str, Any], adapters: list[AdapterScale]) -> Opened:
+    """Load a model as the settings say. Raises: what `open_session` raises; ModelError for a wrong adapter."""
+    from edgeft.cli._output import ConsoleProgress
+    from edgeft.sessions import open_session
+
+    opened = open_session(reference, str(values["runtime"]), _load_options(values), ConsoleProgress())
+    if adapters:
+        try:
+            opened.session.set_adapters(adapters)
+        except BaseException:
+            opened.session.close()
+            raise
+    return opened
+
+
+def _load_options(values: Mapping[str, Any]) -> LoadOptions:
+    from edgeft.plugins import LoadOptions
+
+    return LoadOptions(
+        context=values["context"] or None,
+        threads=values["threads"] or None,
+        threads_batch=values["threads-batch"] or None,
+    )
+
+
+def system_prompt(given: str | None, opened: Opened) -> str | None:
+    """What `--system` says ("" is none), else what the model was trained with, which is then noted."""
+    from edgeft.cli._output import note
+
+    if given is not None:
+        return given or None
+    trained = opened.artifact.manifest.system if opened.artifact.manifest else None
+    if trained:
+        note(f"system prompt, from the model's training (--system changes it): {trained}")
+    return trained
+
+
+def parse_adapter(text: str) -> AdapterScale:
+    """`FILE` or `FILE:SCALE`. Raises: UsageError when there is no such file."""
+    from edgeft.plugins import AdapterScale
+
+    path, _, scale = text.rpartition(":")
+    if path and not Path(text).exists():
+        with contextlib.suppress(ValueError):
+            return AdapterScale(_existing(path), float(scale))
+    return AdapterScale(_existing(text))
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).is_file():
+        raise UsageError(f"no adapter file {path}", "Give an adapter in GGUF format: --adapter FILE or FILE:SCALE.")
+    return Path(path)
+
+
+def stream(session: Session, prompt: TokenIds, how: Sampling) -> Iterator[Delta]:
+    """Generate; Ctrl-C ends the answer early, with the text so far and usage that says "cancel".
+
+    The work is done in a thread: a signal handler cannot run while the main thread is inside llama.cpp, and a long
+    prompt keeps it there for seconds.
+    """
+    cancel: Cancel = Cancel()
+    deltas: SimpleQueue[Delta | None] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            for delta in session.generate(prompt, how, cancel):
+                deltas.put(delta)
+        finally:
+            deltas.put(None)
+
+    with ThreadPoolExecutor(1) as pool, _on_interrupt(cancel.set):
+        done = pool.submit(work)
+        try:
+            while (delta := deltas.get()) is not None:
+                yield delta
+            done.result()
+        finally:
+            # Whatever ended this, such as a reader that went away: nobody wants the rest.
+            cancel.set()
+
+
+@contextlib.contextmanager
+def _on_interrupt(action: Callable[[], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
