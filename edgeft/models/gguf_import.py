@@ -58,7 +58,7 @@ def import_gguf(file: Path, out: Path, *, progress: Progress | None = None, sha2
     progress = progress or Silent()
     progress.start(f"Importing {file.name}", 3, "steps")
     try:
-        with atomic_directory(out) as folder, _quiet():
+        with atomic_directory(out) as folder, without_bars():
             _save_tokenizer(header, folder)
             progress.advance(1, "weights")
             _save_weights(header, folder)
@@ -72,7 +72,7 @@ def import_gguf(file: Path, out: Path, *, progress: Progress | None = None, sha2
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Without the bars of transformers: edgeft shows its own progress."""
     require("torch", "train")
     logging = require("transformers.utils.logging", "train")

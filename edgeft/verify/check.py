@@ -57,7 +57,7 @@ def verify_file(
     findings = check_texts(source, header, session, texts())
     encoded = encode_for(source, examples, session.context)
     reference = load_reference(source.base, source.adapter)
-    total = _compare_all(reference, session, encoded, progress or Silent())
+    total = compare_all(reference, session, encoded, progress)
     figures: dict[str, float | int | None] = {
         "nll_training_graph": nll_training_graph,
         "nll_merged": total.nll_reference,
@@ -85,9 +85,11 @@ def encode_for(source: Source, examples: Sequence[Example], context: int) -> lis
     return [item for item in result.encoded if scored_rows(item)]
 
 
-def _compare_all(
-    reference: TorchReference, session: Session, encoded: Sequence[Encoded], progress: Progress
+def compare_all(
+    reference: TorchReference, session: Session, encoded: Sequence[Encoded], progress: Progress | None = None
 ) -> Divergence:
+    """Sums over all examples."""
+    progress = progress or Silent()
     progress.start("Comparing the file with the merged model", len(encoded), "examples")
     total = Divergence()
     try:

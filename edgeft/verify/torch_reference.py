@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft.errors import MissingDependency, ModelError, require
+from edgeft.models.gguf_import import without_bars
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,22 +70,29 @@ def load_reference(base: Path, adapter: Path | None) -> TorchReference:
     """
     if not available():
         raise MissingDependency("verifying needs torch, transformers and peft", "pip install 'edgeft[train]'")
+    with without_bars():
+        model = _load_base(base)
+        if adapter is not None:
+            model = _with_adapter(model, base, adapter)
+    return TorchReference(model.eval(), adapter is not None)
+
+
+def _load_base(base: Path) -> Any:
     torch = require("torch", "train")
     transformers = require("transformers", "train")
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        return transformers.AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{base} cannot be loaded: {_first_line(error)}") from error
-    if adapter is not None:
-        model = _with_adapter(model, base, adapter)
-    return TorchReference(model.eval(), adapter is not None)
 
 
 def _with_adapter(model: Any, base: Path, adapter: Path) -> Any:
     peft = require("peft", "train")
     try:
+        if (rows := _embedding_rows(adapter)) is not None and rows != model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(rows)
         model = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
         model.merge_adapter()
     except (RuntimeError, ValueError, KeyError, OSError) as error:
@@ -93,6 +101,19 @@ def _with_adapter(model: Any, base: Path, adapter: Path) -> Any:
             "Give the base model that the adapter was trained on.",
         ) from error
     return model
+
+
+def _embedding_rows(adapter: Path) -> int | None:
+    """Rows of the token embedding that the adapter brings (training added tokens), if it brings one."""
+    safetensors = require("safetensors", "export")
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return None
+    with safetensors.safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118, not a mapping
+            if name.endswith("embed_tokens.weight"):
+                return int(tensors.get_slice(name).get_shape()[0])
+    return None
 
 
 def _first_line(error: Exception) -> str:
