@@ -1,0 +1,353 @@
+"""From a configuration to a finished run: plan, train (or continue), keep the best, score it, write the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeft import __version__
+from edgeft.data.encode import EncodedSet, encode_all
+from edgeft.data.example import Encoded, Example
+from edgeft.data.load import dataset_digest, load_split, resolve_dataset, split_files
+from edgeft.errors import DataError, MissingDependency, UsageError, WriteError, require
+from edgeft.models import ResolvedModel, resolve, weights_digest
+from edgeft.models.text import TextSide, load_text_side
+from edgeft.paths import sync_directory
+from edgeft.progress import Progress, Silent
+from edgeft.run import Run, RunManifest
+from edgeft.train.config import TrainConfig, write_config
+
+if TYPE_CHECKING:
+    from edgeft.train.evaluation import Evaluation
+    from edgeft.train.hardware import Hardware
+    from edgeft.train.packing import Schedule
+    from edgeft.train.plan import TrainPlan
+    from edgeft.train.trainer import PackedTrainer, Session
+
+_MODULES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "psutil")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: a checkpoint was written; `command` continues."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self.command = f"edgeft train --resume {run}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before the model is loaded."""
+
+    config: TrainConfig
+    base: ResolvedModel
+    text: TextSide
+    train: list[Encoded]
+    valid: list[Encoded]
+    held_out: list[Encoded]
+    held_out_split: str | None
+    system: str | None
+    """The system prompt that every training example has, if there is one."""
+    hardware: Hardware
+    plan: TrainPlan
+    schedule: Schedule
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    run: Run
+    manifest: RunManifest
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def prepare(config: TrainConfig, progress: Progress | None = None) -> Prepared:
+    """Find the model, encode the data, and plan; nothing is written.
+
+    Raises:
+        MissingDependency, UsageError, ModelError, DataError: before any time is spent.
+    """
+    for module in (*_MODULES, *(("bitsandbytes",) if config.method == "qlora" else ())):
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependency(f"{module} is not installed", "pip install 'edgeft[train]'")
+    from edgeft.train.hardware import detect, keep_freed_memory
+    from edgeft.train.plan import make_plan, read_shape
+
+    base = resolve(config.model, want="hf", progress=progress)
+    text, shape = load_text_side(base.path), read_shape(base.path)
+    limit = min(config.max_length or shape.context, shape.context)
+    keep_freed_memory()
+    hardware = detect(config.device, config.dtype)
+    notes: list[str] = []
+    examples = load_split(config.data, "train")
+    train = _encode(examples, text, limit, "training", notes)
+    splits = {name: _encode(items, text, limit, name, notes) for name, items in _held_out(config.data).items()}
+    valid = splits.get("valid", [])
+    name = "test" if splits.get("test") else "valid" if valid else None
+    held_out = splits[name] if name else []
+    if not valid:
+        notes.append("no validation split: no early stopping, the last weights are kept")
+    plan, schedule = make_plan(config, shape, hardware, train, valid)
+    return Prepared(
+        config, base, text, train, valid, held_out, name, _system(examples), hardware, plan, schedule, tuple(notes)
+    )
+
+
+def _held_out(data: str) -> dict[str, list[Example]]:
+    """The valid and test splits that exist; a single file may be too small to have them."""
+    path = resolve_dataset(data)
+    if path.is_dir():
+        return {name: load_split(data, name) for name in ("valid", "test") if name in split_files(path)}
+    found = {}
+    for name in ("valid", "test"):
+        with contextlib.suppress(DataError):
+            found[name] = load_split(data, name)
+    return found
+
+
+def _encode(examples: Sequence[Example], text: TextSide, limit: int, name: str, notes: list[str]) -> list[Encoded]:
+    from edgeft.chat import ChatTemplate
+
+    needs_template = any(example.text is None for example in examples)
+    template = text.need_template() if needs_template else text.template or ChatTemplate("")
+    made: EncodedSet = encode_all(examples, template, text.tokenize, text.eos_tokens, limit)
+    if made.too_long:
+        notes.append(f"{len(made.too_long)} {name} examples are longer than {limit} tokens and are left out")
+    notes += [f"{count} {name} examples: {note} (see edgeft.data.encode)" for note, count in made.notes.items()]
+    return made.encoded
+
+
+def _system(examples: Sequence[Example]) -> str | None:
+    """The one system prompt all conversations begin with."""
+    prompts = {
+        example.messages[0].get("content") if example.messages and example.messages[0]["role"] == "system" else None
+        for example in examples
+    }
+    only = prompts.pop() if len(prompts) == 1 else None
+    return only if isinstance(only, str) else None
+
+
+def train(
+    config: TrainConfig,
+    progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    prepared: Prepared | None = None,
+) -> Outcome:
+    """Train, or continue an interrupted run; a finished one is returned as it is.
+
+    Args:
+        resume: `config.out` is an existing run; without it, it must not exist.
+        prepared: what `prepare(config)` returned, if it was already called.
+
+    Raises:
+        Interrupted: Ctrl-C; everything up to the last step is kept.
+        EdgeftError: see `prepare`; `Diverged` when the loss is not finite; `WriteError` when the disk is full.
+    """
+    run = Run(config.out.absolute())
+    if resume and run.finished:
+        return _finished(run)
+    if not resume and run.path.exists() and any(run.path.iterdir()):
+        raise UsageError(f"{run.path} exists already", f"Continue it with --resume {config.out}, or choose another.")
+    ready = prepared or prepare(config, progress)
+    _create(run, config)
+    from edgeft.train.loading import quiet_libraries
+
+    with quiet_libraries():
+        return _train(run, ready, progress or Silent())
+
+
+def _create(run: Run, config: TrainConfig) -> None:
+    try:
+        (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError.from_os_error(error, run.path) from error
+    if not (run.path / "config.toml").is_file():
+        write_config(run.path / "config.toml", config)
+
+
+def _train(run: Run, ready: Prepared, progress: Progress) -> Outcome:
+    from edgeft.train.recorder import Recorder
+    from edgeft.train.trainer import Session
+
+    config = ready.config
+    recorder, folder = Recorder(run), run.path / "checkpoints"
+    session = Session(config, ready.plan, ready.schedule, ready.train, ready.valid, folder, recorder, progress)
+    progress.start("load the model", None)
+    trainer = _trainer(ready, session)
+    _run_steps(trainer, session, run)
+    if session.state.best_step is not None:
+        trainer.load_weights(folder / "best")
+    result = _score(trainer, ready, progress)
+    _save_result(run, trainer, ready)
+    manifest = _manifest(ready, result, session)
+    run.write_manifest(manifest)
+    recorder.event("finished", **manifest.evaluation)
+    _draw(run)
+    return Outcome(run, manifest, ready.schedule.steps, session.state.tokens, session.state.elapsed_s)
+
+
+def _trainer(ready: Prepared, session: Session) -> PackedTrainer:
+    transformers = require("transformers", "train")
+    from edgeft.train import fused
+    from edgeft.train.loading import add_adapter, load_base
+    from edgeft.train.trainer import PackedTrainer
+
+    config = ready.config
+    transformers.set_seed(config.seed)
+    model = load_base(ready.base.path, config, ready.hardware)
+    if config.method != "full":
+        model = add_adapter(model, config, ready.base.path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ready.base.path, local_files_only=True)
+    trainer = PackedTrainer(model, tokenizer, session)
+    if config.method != "full":
+        fused.install(trainer.model)
+    return trainer
+
+
+def _run_steps(trainer: PackedTrainer, session: Session, run: Run) -> None:
+    """Train from the newest intact checkpoint, or from the beginning."""
+    from edgeft.train import checkpoint
+    from edgeft.train.trainer import TrainState
+
+    checkpoint.sweep(session.folder)
+    last = checkpoint.latest(session.folder)
+    step = 0
+    if last is not None:
+        stored = checkpoint.read_state(last)
+        session.state, step = TrainState(**stored["progress"]), stored["step"]
+        trainer.load_weights(last)
+    session.recorder.rewind(step)
+    session.recorder.event("resumed" if last else "started", step=step, steps=session.schedule.steps)
+    if session.state.finished:
+        return
+    session.progress.start("train", session.schedule.steps, "steps")
+    session.progress.advance(step)
+    try:
+        with _checkpoint_on_interrupt(session):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except Exception as error:
+        session.recorder.event("failed", reason=str(error))
+        raise
+    finally:
+        session.progress.finish()
+    if not session.state.finished:
+        session.recorder.event("interrupted")
+        raise Interrupted(Path(os.path.relpath(run.path)))
+
+
+@contextlib.contextmanager
+def _checkpoint_on_interrupt(session: Session) -> Iterator[None]:
+    """The first Ctrl-C lets the step end and writes a checkpoint; the second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        session.stop_requested = True
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _score(trainer: PackedTrainer, ready: Prepared, progress: Progress) -> Evaluation | None:
+    import torch
+
+    from edgeft.train.evaluation import evaluate
+
+    if not ready.held_out:
+        return None
+    progress.start(f"score the {ready.held_out_split} split", None)
+    autocast = torch.bfloat16 if ready.plan.autocast else None
+    result = evaluate(trainer.model, ready.held_out, ready.plan.micro_tokens, autocast)
+    progress.finish()
+    return result
+
+
+def _save_result(run: Run, trainer: PackedTrainer, ready: Prepared) -> None:
+    """adapter/ in PEFT's layout, or model/ after full fine-tuning; the folder appears when it is complete."""
+    if ready.config.method == "full":
+        _save_folder(run.path / "model", lambda folder: _save_model(folder, trainer, ready))
+    else:
+        _save_folder(run.path / "adapter", lambda folder: trainer.model.save_pretrained(folder))
+
+
+def _save_model(folder: Path, trainer: PackedTrainer, ready: Prepared) -> None:
+    import torch
+
+    trainer.model.to(torch.bfloat16).save_pretrained(folder)
+    for file in ready.base.path.iterdir():
+        if file.is_file() and not (folder / file.name).exists() and file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
+
+
+def _save_folder(final: Path, save: Callable[[Path], object]) -> None:
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        save(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)  # a model card for a hub, without content
+        for file in temporary.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        sync_directory(final.parent)
+    except OSError as error:
+        raise WriteError.from_os_error(error, final) from error
+
+
+def _manifest(ready: Prepared, result: Evaluation | None, session: Session) -> RunManifest:
+    config = ready.config
+    evaluation: dict[str, float] = {}
+    if result is not None:
+        evaluation = {"nll_training_graph": result.nll, "tokens": result.tokens}
+    if session.state.best_nll is not None:
+        evaluation |= {"best_val_loss": session.state.best_nll, "best_step": session.state.best_step or 0}
+    return RunManifest(
+        method=config.method,
+        base={
+            "reference": config.model,
+            "path": str(ready.base.path),
+            "digest": weights_digest(ready.base.path),
+        },
+        data={
+            "reference": config.data,
+            "path": str(resolve_dataset(config.data)),
+            "digest": dataset_digest(config.data),
+            "held_out": ready.held_out_split,
+            "system": ready.system,
+        },
+        chat_template=ready.text.template.source if ready.text.template else "",
+        seed=config.seed,
+        versions={"edgeft": __version__, **{name: importlib.metadata.version(name) for name in _MODULES}},
+        evaluation=evaluation,
+        licence=ready.base.licence,
+    )
+
+
+def _draw(run: Run) -> None:
+    from edgeft.train.curve import write_png
+
+    write_png(run, run.path / "loss.png")
+
+
+def _finished(run: Run) -> Outcome:
+    last = {}
+    for line in run.metrics():
+        last.update(line)
+    return Outcome(run, run.manifest(), last.get("step", 0), last.get("tokens", 0), last.get("elapsed_s", 0.0))
