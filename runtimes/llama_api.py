@@ -98,7 +98,6 @@ LOG_ERROR = 4
 
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
-    "llama_print_system_info": (c_char_p, []),
     "llama_log_set": (None, [LogCallback, c_void_p]),
     "llama_model_default_params": (ModelParams, []),
     "llama_context_default_params": (ContextParams, []),

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from edgeft.chat import Cancel, ChatTemplate, Delta, FinishReason, Message, Sampling, TokenIds, Usage
 from edgeft.errors import ModelError, UsageError
-from edgeft.models.gguf_header import read_header
 from edgeft.plugins import AdapterScale, LoadOptions
 
 from .amx import crashes_on_amx
@@ -312,7 +311,6 @@ class LlamaSession:
 def _load_model(library: Library, path: Path, options: LoadOptions) -> int:
     params = library.llama_model_default_params()
     params.load_mode = 1 if options.use_mmap else 0
-    params.use_extra_bufts = not _crashes_with_amx(library, path)
     if crashes_on_amx(library.path):
         # Without ggml's repacked buffers its AMX kernels are never reached.
         params.use_extra_bufts = False
@@ -322,16 +320,6 @@ def _load_model(library: Library, path: Path, options: LoadOptions) -> int:
         said = "; ".join(library.errors[:2]) or "no reason given"
         raise ModelError(f"llama.cpp cannot load {path}: {said}", "The file may be cut short; export or pull it again.")
     return int(model)
-
-
-def _crashes_with_amx(library: Library, path: Path) -> bool:
-    """llama.cpp built for a processor with AMX ends the process in its AMX product for Q4_1 weights.
-
-    Seen with 0c1e57098 on Sapphire Rapids, from its own `Llama` class too; without the repacked buffers it is right.
-    """
-    if b"AMX_INT8 = 1" not in library.llama_print_system_info():
-        return False
-    return any(tensor.type == "Q4_1" for tensor in read_header(path).tensors)
 
 
 def _make_context(library: Library, model: int, options: LoadOptions, path: Path) -> int:
