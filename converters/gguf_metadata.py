@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import yaml  # type: ignore[import-untyped]
 
 from edgeft.errors import ModelError, UnsupportedModel
 
@@ -85,8 +86,12 @@ def metadata(
 
 def _general(model_dir: Path, config: Mapping[str, Any], parameters: int, name: str | None) -> Iterator[KeyValue]:
     """Names, licence, base models and suggested sampling, from the model card and the folder's name."""
-    found = gguf.Metadata.load(None, model_dir, name, parameters)
-    found.name = found.name or model_dir.name
+    found = _card(model_dir, parameters)
+    sidecar = read_json(model_dir / SIDECAR)
+    if isinstance(source := sidecar.get("imported_from"), str):
+        _name_after(found, source, parameters)
+    found.license = found.license or (sidecar.get("licence") or "").lower() or None
+    found.name = name or found.name or model_dir.name
     penalty = read_json(model_dir / "generation_config.json").get("repetition_penalty")
     if found.sampling_penalty_repeat is None and penalty is not None:
         found.sampling_penalty_repeat = penalty
@@ -96,10 +101,36 @@ def _general(model_dir: Path, config: Mapping[str, Any], parameters: int, name: 
     writer.add_type(gguf.GGUFType.MODEL)
     found.set_gguf_meta_model(writer)
     for key, value in writer.kv_data[0].items():
-        item = None if value.sub_type is None else ValueType(value.sub_type)
-        if value.type == gguf.GGUFValueType.ARRAY and item is None:
-            item = ValueType.STRING
-        yield KeyValue(key, ValueType(value.type), value.value, item)
+        yield _key_value(key, value)
+
+
+def _card(model_dir: Path, parameters: int) -> Any:
+    """What the gguf package makes of README.md, config.json and the folder's name."""
+    try:
+        return gguf.Metadata.load(None, model_dir, None, parameters)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ModelError(
+            f"the front matter of {model_dir / 'README.md'} cannot be read: {error}", "Repair it, or remove the file."
+        ) from error
+
+
+def _name_after(found: Any, file: str, parameters: int) -> None:
+    """Name an imported model after the GGUF it came from: its folder's name is edgeft's, with a digest in it."""
+    stem = re.sub(r"[.-](i?q\d\w*|b?f(16|32))$", "", Path(file).stem, flags=re.IGNORECASE)
+    full, _, found.basename, found.finetune, found.version, size = gguf.Metadata.get_model_id_components(
+        stem, parameters
+    )
+    found.name = gguf.Metadata.id_to_title(full)
+    found.size_label = size
+
+
+def _key_value(key: str, value: Any) -> KeyValue:
+    """A pair as the gguf package holds it."""
+    kind = ValueType(value.type)
+    if kind is not ValueType.ARRAY:
+        return KeyValue(key, kind, value.value)
+    # Tags and languages; YAML may have read one as a number.
+    return array(key, ValueType.STRING, [str(item) for item in value.value])
 
 
 # --- <architecture>.* ---------------------------------------------------------

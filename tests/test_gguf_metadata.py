@@ -372,6 +372,21 @@ def test_general_facts_come_from_the_model_card(model: Model) -> None:
     assert read["general.sampling.penalty_repeat"] == 1.1
 
 
+def test_an_imported_model_is_named_after_its_file(model: Model) -> None:
+    model.write("edgeft.json", {"imported_from": "Small-135M-Instruct.Q4_1.gguf", "licence": "Apache-2.0"})
+    read = model.read()
+    assert read["general.name"] == "Small 135M Instruct"
+    assert read["general.basename"] == "Small"
+    assert read["general.finetune"] == "Instruct"
+    assert read["general.license"] == "apache-2.0"
+
+
+def test_a_damaged_model_card_is_named(model: Model) -> None:
+    model.write("README.md", "---\nlicense: [\n---\n")
+    with pytest.raises(ModelError, match=r"front matter of .*README\.md"):
+        model.read()
+
+
 # --- SentencePiece ------------------------------------------------------------
 
 
