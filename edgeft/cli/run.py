@@ -117,6 +117,8 @@ def _read_prompt(prompt: str | None) -> str:
             raise UsageError(f"the prompt on stdin is not UTF-8: {error}") from error
     if not prompt:
         raise UsageError("the prompt is empty")
+    if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise UsageError("the prompt is not UTF-8")
     return prompt
 
 

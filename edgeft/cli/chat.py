@@ -1,0 +1,319 @@
+"""`edgeft chat`: a conversation, line by line, on a terminal or through pipes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeft.chat import Sampling, Usage
+from edgeft.cli._generate import open_model, parse_adapter, run_options, sampling, settings, stream, system_prompt
+from edgeft.cli._output import json_option, note, print_json, print_table
+from edgeft.errors import EdgeftError, ExitCode, UsageError
+from edgeft.history import Conversation, History
+from edgeft.paths import history_file, write_text
+from edgeft.sessions import Opened
+
+LATEST = "latest"
+
+COMMANDS = """\
+/help          this list
+/reset         begin a new conversation; the old one stays in the history
+/system TEXT   change the system prompt from here on; without TEXT: show it
+/retry         take back the last answer and try again, with the next seed
+/save FILE     write the conversation: .jsonl or .json as training data, anything else as Markdown
+/list          stored conversations
+/exit          leave (also Ctrl-D)
+
+End a line with \\ to go on in the next one, or put a text of many lines between two lines of \"\"\".
+A message that begins with a slash needs two. Ctrl-C stops an answer and keeps what is there."""
+
+EXAMPLES = """\b
+Examples:
+  edgeft chat smollm2-135m
+  edgeft chat mine-q4.gguf --system "Answer in one sentence."
+  edgeft chat --resume            go on with the last conversation
+  edgeft chat --list
+  printf 'hello\\n/retry\\n' | edgeft chat mine-q4.gguf
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("model", required=False)
+@click.option("--system", help="System prompt; default: the one the model was trained with, if any. '' for none.")
+@click.option("--adapter", "adapters", multiple=True, metavar="FILE[:SCALE]", help="LoRA adapter (GGUF); repeatable.")
+@click.option("--resume", is_flag=False, flag_value=LATEST, metavar="[ID]", help="Go on with a stored conversation.")
+@click.option("--list", "list_only", is_flag=True, help="Show stored conversations.")
+@click.option("--no-history", is_flag=True, help="Store nothing.")
+@run_options
+@json_option
+def chat(
+    model: str | None,
+    system: str | None,
+    adapters: tuple[str, ...],
+    resume: str | None,
+    list_only: bool,
+    no_history: bool,
+    as_json: bool,
+    **flags: Any,
+) -> int:
+    """Talk to MODEL. /help inside lists what can be typed.
+
+    Without MODEL, --resume takes the one of that conversation. With --json every answer is one JSON object.
+    """
+    if list_only:
+        _print_conversations(as_json)
+        return ExitCode.OK
+    if no_history and resume:
+        raise UsageError("--resume needs the history that --no-history leaves out")
+    with contextlib.ExitStack() as stack:
+        history = None if no_history else stack.enter_context(History(history_file()))
+        old = _resumed(history, resume, model) if history and resume else None
+        model = model or (old.model if old else None)
+        if model is None:
+            raise UsageError("which model?", "edgeft chat MODEL; edgeft models list shows what there is.")
+        values = settings(flags)
+        opened = open_model(model, values, [parse_adapter(adapter) for adapter in adapters])
+        stack.enter_context(opened.session)
+        conversation = old or Conversation(_lasting(model), opened.runtime, system_prompt(system, opened), history)
+        if old and system is not None:
+            conversation.change_system(system or None)
+        return _Chat(opened, conversation, sampling(values), as_json).run()
+
+
+def _lasting(reference: str) -> str:
+    """A reference that means the same from another folder."""
+    path = Path(reference).expanduser()
+    return str(path.absolute()) if path.exists() else reference
+
+
+def _resumed(history: History, which: str, model: str | None) -> Conversation:
+    if which == LATEST:
+        number = history.latest(_lasting(model) if model else None)
+        if number is None:
+            raise UsageError("there is no conversation to resume" + (f" with {model}" if model else ""))
+    elif which.isdecimal():
+        number = int(which)
+    else:
+        raise UsageError(f"{which!r} is not the number of a conversation", f"edgeft chat {which} --resume")
+    return Conversation.resume(history, number)
+
+
+def _print_conversations(as_json: bool) -> None:
+    path = history_file()
+    summaries = []
+    if path.is_file():
+        with History(path) as history:
+            summaries = history.summaries()
+    if as_json:
+        print_json([vars(summary) for summary in summaries])
+        return
+    rows = [
+        (one.id, one.created[:16].replace("T", " "), Path(one.model).name, one.messages, _short(one.title))
+        for one in summaries
+    ]
+    print_table(("id", "begun (UTC)", "model", "messages", "first message"), rows)
+
+
+def _short(text: str, length: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+@dataclass
+class _Chat:
+    """The loop: read, answer, again."""
+
+    opened: Opened
+    conversation: Conversation
+    sampling: Sampling
+    as_json: bool
+    retries: int = 0
+
+    def run(self) -> int:
+        if sys.stdin.isatty():
+            note(_dim(f"{Path(self.conversation.model).name} on {self.opened.runtime} · /help · Ctrl-D leaves"))
+        if self.conversation.messages:
+            note(_dim(f"conversation {self.conversation.id}, {len(self.conversation.messages)} messages so far"))
+        for text in _inputs():
+            try:
+                if text == "/exit":
+                    break
+                self._handle(text)
+            except EdgeftError as error:
+                if not sys.stdin.isatty():
+                    raise
+                note(f"error: {error.message}" + (f"\n  {error.hint}" if error.hint else ""))
+            except _Interrupted:
+                return ExitCode.INTERRUPTED
+        return ExitCode.OK
+
+    def _handle(self, text: str) -> None:
+        name, _, argument = text.partition(" ")
+        if not text.startswith("/") or text.startswith("//"):
+            self.retries = 0
+            self.conversation.say(text.replace("//", "/", 1) if text.startswith("//") else text)
+            self._answer()
+        elif command := self._commands().get(name):
+            command(argument.strip())
+        else:
+            raise UsageError(f"no command {name}", "/help lists them. A message that begins with a slash needs two.")
+
+    def _commands(self) -> dict[str, Callable[[str], None]]:
+        return {
+            "/help": lambda _: note(COMMANDS),
+            "/reset": lambda _: self._reset(),
+            "/system": self._system,
+            "/retry": lambda _: self._retry(),
+            "/save": self._save,
+            "/list": lambda _: _print_conversations(self.as_json),
+        }
+
+    def _reset(self) -> None:
+        old = self.conversation
+        self.conversation = Conversation(old.model, old.runtime, old.system, old.history)
+        note(_dim("a new conversation"))
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.conversation.change_system(text)
+        note(_dim(f"system prompt: {self.conversation.system or 'none'}"))
+
+    def _retry(self) -> None:
+        self.conversation.withdraw("assistant")
+        if not self.conversation.messages:
+            raise UsageError("there is nothing to retry")
+        self.retries += 1
+        self._answer()
+
+    def _save(self, name: str) -> None:
+        arguments = shlex.split(name)
+        if len(arguments) != 1:
+            raise UsageError("which file?", "/save FILE")
+        path = Path(arguments[0]).expanduser()
+        if path.exists():
+            raise UsageError(f"{path} exists", "Choose another name.")
+        write_text(path, _as_file(self.conversation, path.suffix))
+        note(_dim(f"saved to {path}"))
+
+    def _answer(self) -> None:
+        """Answer the last message; whatever happens, what came so far is kept."""
+        session, conversation = self.opened.session, self.conversation
+        how = Sampling(**{**vars(self.sampling), "seed": self.sampling.seed + self.retries})
+        text, usage = "", None
+        try:
+            prompt = session.render(conversation.prompt())
+            conversation.begin_answer()
+            try:
+                for delta in stream(session, prompt, how):
+                    text, usage = text + delta.text, delta.usage
+                    if not self.as_json:
+                        click.echo(delta.text, nl=False)
+                    conversation.grow_answer(text)
+            finally:
+                conversation.end_answer(text, usage)
+        except EdgeftError:
+            # Left in, a message that cannot be answered would stand before every later one.
+            if not text:
+                conversation.withdraw("assistant")
+                conversation.withdraw("user")
+            raise
+        assert usage is not None
+        self._close_answer(text, usage)
+
+    def _close_answer(self, text: str, usage: Usage) -> None:
+        if self.as_json:
+            print_json({"text": text, "conversation": self.conversation.id, "usage": usage.as_dict()})
+        else:
+            click.echo()
+        note(_dim(_summary(usage, self.opened.session.context)))
+        if usage.finish_reason == "cancel" and not sys.stdin.isatty():
+            raise _Interrupted
+
+
+class _Interrupted(Exception):
+    """Ctrl-C with nobody at the keyboard to say what comes next."""
+
+
+def _summary(usage: Usage, context: int) -> str:
+    used = usage.prompt_tokens + usage.completion_tokens
+    parts = [
+        f"{usage.decode_tokens_per_s:.1f} tokens/s",
+        f"first token {usage.ttft_s * 1000:.0f} ms",
+        f"context {used}/{context}",
+    ]
+    ended = {"cancel": ["stopped"], "length": ["cut at the longest answer or the end of the context"]}
+    return " · ".join(ended.get(usage.finish_reason, []) + parts)
+
+
+def _dim(text: str) -> str:
+    return click.style(text, dim=True)
+
+
+def _as_file(conversation: Conversation, suffix: str) -> str:
+    if suffix in (".json", ".jsonl"):
+        return json.dumps({"messages": conversation.prompt()}, ensure_ascii=False) + "\n"
+    return "\n".join(f"## {message['role']}\n\n{message['content']}\n" for message in conversation.prompt())
+
+
+def _inputs() -> Iterator[str]:
+    """What the user types, without empty messages; ends with the input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` editing and a memory of lines)
+    while True:
+        try:
+            text = _read_message().strip()
+        except EOFError:
+            if sys.stdin.isatty():
+                note("")
+            return
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            note(_dim("\nCtrl-D leaves"))
+            continue
+        if text:
+            yield text
+
+
+def _read_message() -> str:
+    """One message: a line, lines joined by a backslash, or a block between two lines of three quotes."""
+    line = _read_line("> ")
+    if line.strip() == '"""':
+        return "\n".join(_block())
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        with contextlib.suppress(EOFError):
+            lines.append(_read_line("… "))
+    return "\n".join(lines)
+
+
+def _block() -> Iterator[str]:
+    """Lines up to the closing quotes, or to the end of the input: what was typed is not thrown away."""
+    with contextlib.suppress(EOFError):
+        while (line := _read_line("… ")).strip() != '"""':
+            yield line
+
+
+def _read_line(prompt: str) -> str:
+    if not sys.stdin.isatty():
+        line = sys.stdin.buffer.readline()
+        if not line:
+            raise EOFError
+        try:
+            return line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"the input is not UTF-8: {error}") from error
+    if sys.stdout.isatty():
+        return input(prompt)
+    # `input` would put the prompt into the answers.
+    click.echo(prompt, nl=False, err=True)
+    return input()
