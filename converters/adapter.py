@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def read_adapter(path: Path) -> Adapter:
         check_dtype(tensor)
         _place(changes, config, key, tensor)
     for name, change in changes.items():
-        _check_pair(path, name, change)
+        _check_pair(path, config, name, change)
     return Adapter(path, config, changes)
 
 
@@ -212,29 +212,29 @@ def _tokens(config: Mapping[str, Any], module: str, tensor: StoredTensor) -> tup
     return tuple(int(index) for index in indices)
 
 
-def _check_pair(path: Path, name: str, change: Change) -> None:
-    if (change.down is None) != (change.up is None):
+def _check_pair(path: Path, config: Mapping[str, Any], name: str, change: Change) -> None:
+    down, up = change.down, change.up
+    if down is None and up is None:
+        return
+    if down is None or up is None:
         raise ModelError(f"{path / WEIGHTS}: only one of the two LoRA matrices of {name} is there")
-    if change.down is not None and change.up is not None and change.down.shape[0] != change.up.shape[1]:
+    rank = _pattern(config.get("rank_pattern"), name.removesuffix(".weight"), config.get("r", 8))
+    if len(down.shape) != 2 or len(up.shape) != 2 or (down.shape[0], up.shape[1]) != (rank, rank):
         raise ModelError(
-            f"{path / WEIGHTS}: the LoRA matrices of {name} have ranks {change.down.shape[0]} and {change.up.shape[1]}"
+            f"{path / WEIGHTS}: the LoRA matrices of {name} have shapes {down.shape} and {up.shape}, "
+            f"{CONFIG} says rank {rank}"
         )
 
 
-def check_fit(adapter: Adapter, base: Mapping[str, StoredTensor], extra: Iterable[str] = ()) -> None:
+def check_fit(adapter: Adapter, changes: Mapping[str, Change], base: Mapping[str, StoredTensor]) -> None:
     """Every change has a base tensor of its shape.
-
-    Args:
-        extra: names that need no base tensor (a head that was tied).
 
     Raises:
         ModelError: the adapter belongs to another base.
     """
-    for name, change in adapter.changes.items():
+    for name, change in changes.items():
         tensor = base.get(name)
         if tensor is None:
-            if name in extra:
-                continue
             raise _no_target(adapter, name, change)
         for expected, found, label in _shapes(name, tensor, change):
             if expected != found:

@@ -122,10 +122,10 @@ def _tensors(
         del base[HEAD]
     names = architectures.gguf_names(family, sizes, base, tied=tied)
     changes = dict(adapter.changes) if adapter else {}
-    if adapter:
-        check_fit(adapter, base, extra=(HEAD,) if tied else ())
     if tied:
         _tie(base, adapter, changes, names, warnings)
+    if adapter:
+        check_fit(adapter, changes, base)
     merged = {}
     for name, gguf in names.items():
         change = changes.get(name)
@@ -133,6 +133,13 @@ def _tensors(
         if architectures.permutes_rows(family, name):
             order = architectures.rotary_order(base[name].shape[0], sizes.head)
         merged[gguf] = MergedTensor(base[name], change, order)
+    embedding = merged["token_embd.weight"].shape
+    output = merged.get("output.weight")
+    if adapter and output is not None and output.shape != embedding:
+        raise ModelError(
+            f"the adapter {adapter.path} does not fit {base[EMBEDDING].file.parent}: with it the embedding has shape "
+            f"{embedding}, the head {output.shape}"
+        )
     return merged
 
 

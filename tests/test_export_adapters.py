@@ -302,3 +302,19 @@ def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
     with pytest.raises(UnsupportedModel, match="pickle"):
         plan(base, tmp_path / "adapter")
+
+
+def test_a_rank_that_the_configuration_does_not_know_is_refused(tmp_path: Path) -> None:
+    base = tiny.write_model(tmp_path / "base")
+    tiny.write_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    edit_json(tmp_path / "adapter" / "adapter_config.json", {"r": 8})
+    with pytest.raises(ModelError, match=r"q_proj\.weight have shapes \(4, 64\) and \(64, 4\), .* says rank 8"):
+        plan(base, tmp_path / "adapter")
+
+
+def test_a_head_trained_for_another_width_does_not_fit_a_tied_base(tmp_path: Path) -> None:
+    other = tiny.write_model(tmp_path / "other", vocab_size=300)
+    tiny.write_adapter(other, tmp_path / "adapter", target_modules=["lm_head"])
+    base = tiny.write_model(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"does not fit"):
+        plan(base, tmp_path / "adapter")
