@@ -166,6 +166,8 @@ class Job:
     bf16: str
     quantized: dict[str, str] = field(default_factory=dict)
     vocab_only: bool = False
+    pre: str | None = None
+    """Use this pre-tokenizer instead of asking the hash, which knows published tokenizers only."""
 
 
 class Reference:
@@ -209,6 +211,9 @@ def _worker(source: str) -> None:
         job = Job(**json.loads(line))
         sys.argv = ["convert_hf_to_gguf.py", job.model, "--outtype", "bf16", "--outfile", job.bf16]
         sys.argv += ["--vocab-only"] if job.vocab_only else []
+        if job.pre:
+            convert_hf_to_gguf.get_model_class("LlamaForCausalLM").get_vocab_base_pre = lambda *_, job=job: job.pre
+            convert_hf_to_gguf.get_model_class("Qwen2ForCausalLM").get_vocab_base_pre = lambda *_, job=job: job.pre
         convert_hf_to_gguf.main()
         for target, out in job.quantized.items():
             quantize(Path(job.bf16), Path(out), target)
