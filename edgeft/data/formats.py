@@ -202,7 +202,7 @@ def _turn(turn: Any, where: str) -> Message:
         raise BadRecord(f"{where} has the role {role!r}; known are {', '.join(sorted(_ROLES))}")
     extra = {name: turn[name] for name in _KEPT if turn.get(name) is not None}
     content = turn.get("content", turn.get("value"))
-    if content is None and extra.get("tool_calls"):
+    if not content and extra.get("tool_calls"):
         return {"role": role, "content": "", **extra}
     return {**_message(role, content, where), **extra}
 

@@ -222,6 +222,8 @@ def check_target(out: Path, *, replace: bool) -> None:
         return
     if not replace:
         raise UsageError(f"{out} exists", "Give another --out, or --force to replace it.")
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file, not a prepared data set", "Give another --out.")
     strangers = {entry.name for entry in out.iterdir()} - {f"{name}.jsonl" for name in SPLITS} - {MANIFEST}
     if strangers:
         raise UsageError(f"{out} is not a prepared data set: it also holds {min(strangers)}", "Give another --out.")
