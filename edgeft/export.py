@@ -97,6 +97,7 @@ def export(prepared: Export, progress: Progress) -> Artifact:
         artifact.manifest,
         base={**artifact.manifest.base, "reference": origin.source.reference, "digest": digest},
         run=str(origin.run.path) if origin.run else None,
+        system=origin.run.manifest().data.get("system") if origin.run else None,
         licence=origin.licence,
     )
     write_manifest(artifact.path, manifest)
