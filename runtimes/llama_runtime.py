@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeft.artifact import Artifact
-from edgeft.errors import MissingDependency, ModelError
+from edgeft.errors import MissingDependency, ModelError, PluginError
 from edgeft.plugins import LoadOptions, Session, Support
 
 from .llama_api import open_library
@@ -21,10 +21,15 @@ class LlamaRuntime:
     install: str
 
     def supports(self, artifact: Artifact) -> Support:
-        if not artifact.path.is_file() or artifact.path.open("rb").read(4) != b"GGUF":
+        if not artifact.path.is_file() or not _is_gguf(artifact.path):
             return Support(False, f"{artifact.path.name} is not a GGUF file")
-        if self.find_library() is None:
+        library = self.find_library()
+        if library is None:
             return Support(False, f"{self.name} is not installed", self.install)
+        try:
+            open_library(library)
+        except PluginError as error:  # another package may bring a library that fits
+            return Support(False, error.message)
         return Support(True)
 
     def load(self, artifact: Artifact, options: LoadOptions) -> Session:
@@ -34,3 +39,12 @@ class LlamaRuntime:
         if library is None:
             raise MissingDependency(f"{self.name} is not installed", self.install)
         return LlamaSession(open_library(library), artifact.path, options)
+
+
+def _is_gguf(path: Path) -> bool:
+    """Raises: ModelError when the file cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4) == b"GGUF"
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
