@@ -145,10 +145,11 @@ class EchoSession:
                 f"the prompt has {len(prompt)} tokens; the context holds {self.context}",
                 "Shorten the conversation, or load the model with a longer --context.",
             )
-        stopped, cancel = threading.Event(), cancel or Cancel()
-        if cancel:
-            stopped.set()
+        stopped = threading.Event()
+        cancel = Cancel() if cancel is None else cancel  # an unthrown switch is false
         with cancel.calls(stopped.set):
+            if cancel:
+                stopped.set()
             yield from self._stream(prompt, sampling, stopped)
 
     def _stream(self, prompt: TokenIds, sampling: Sampling, stopped: threading.Event) -> Iterator[Delta]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import time
@@ -39,7 +40,8 @@ class LlamaSession:
         self._model = self._ctx = None
         self._adapters: dict[Path, int] = {}
         self._cached: TokenIds = []
-        self._abort = ctypes.create_string_buffer(2)
+        self._turn = 0
+        self._flag = ctypes.create_string_buffer(2)
         self._model = _load_model(library, path, options)
         self._vocab = library.llama_model_get_vocab(self._model)
         self._ctx = _make_context(library, self._model, options, path)
@@ -47,7 +49,6 @@ class LlamaSession:
         self.context = int(library.llama_n_ctx(self._ctx))
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocab))
         self._batch = options.batch
-        library.llama_set_abort_callback(self._ctx, abort_function(), ctypes.addressof(self._abort))
 
     def __enter__(self) -> LlamaSession:
         return self
@@ -137,19 +138,35 @@ class LlamaSession:
         sampler = self._sampler(sampling, prompt)
         cancel = Cancel() if cancel is None else cancel  # an unthrown switch is false
         try:
-            with cancel.calls(self._stop_now):
+            with self._aborting(cancel):
                 yield from self._stream(prompt, sampling, sampler, cancel)
         finally:
-            self._abort[0] = b"\0"
             self._lib.llama_sampler_free(sampler)
 
-    def _stop_now(self) -> None:
-        self._abort[0] = b"\1"
+    @contextlib.contextmanager
+    def _aborting(self, cancel: Cancel) -> Iterator[None]:
+        """Let `cancel` reach into a running batch.
+
+        Every answer has a flag of its own: a switch that is thrown at the very end of one must not stop the next.
+        """
+        self._flag = flag = ctypes.create_string_buffer(2)
+
+        def stop() -> None:
+            flag[0] = b"\1"
+
+        self._lib.llama_set_abort_callback(self._ctx, abort_function(), ctypes.addressof(flag))
+        try:
+            with cancel.calls(stop):
+                yield
+        finally:
+            # A stream that was left half read ends here whenever it is collected, perhaps during the next one.
+            if self._ctx is not None and self._flag is flag:
+                self._lib.llama_set_abort_callback(self._ctx, None, None)
 
     def _stream(self, prompt: TokenIds, sampling: Sampling, sampler: int, cancel: Cancel) -> Iterator[Delta]:
         lib, started = self._lib, time.perf_counter()
         stream = TextStream(sampling.stop)
-        reused = self._reuse(prompt, len(prompt) - 1)
+        reused, turn = self._reuse(prompt, len(prompt) - 1), self._turn
         produced, first, last = 0, started, started
         reason: FinishReason = "cancel"
         ready = not cancel and self._prefill(prompt, reused)
@@ -168,6 +185,7 @@ class LlamaSession:
             text = stream.push(self._piece(token))
             logprob, top = self._logprobs(token, sampling.top_logprobs)
             yield Delta(text, token, logprob, top)
+            self._check_turn(turn)
             if stream.stopped:
                 reason = "stop"
                 break
@@ -181,8 +199,15 @@ class LlamaSession:
         )
         yield Delta(stream.flush(), usage=usage)
 
+    def _check_turn(self, turn: int) -> None:
+        """A stream may be read on only while nothing else has used the session: they share one cache."""
+        self._alive()
+        if turn != self._turn:
+            raise UsageError("this answer ended when the session was used for something else")
+
     def _reuse(self, tokens: TokenIds, most: int) -> int:
         """Keep the keys and values of the longest common prefix, at most `most` tokens; drop the rest."""
+        self._turn += 1
         shared = 0
         for mine, theirs in zip(self._cached, tokens[:most], strict=False):
             if mine != theirs:
@@ -252,6 +277,7 @@ class LlamaSession:
             return None, ()
         import numpy as np
 
+        top = min(top, self.vocabulary)
         row = _log_softmax(self._logits(1))[0]
         best = np.argpartition(row, -top)[-top:]
         best = best[np.argsort(row[best])[::-1]]
@@ -277,8 +303,9 @@ class LlamaSession:
         result = np.empty((len(tokens) - start, self.vocabulary), np.float32)
         reused = self._reuse(tokens, start)
         self._prefill(tokens[:start], reused)
-        for at in range(start, len(tokens), _SCORE_ROWS):
-            part = tokens[at : at + _SCORE_ROWS]
+        rows = min(_SCORE_ROWS, self._batch)  # llama.cpp ends the process when given more than a batch
+        for at in range(start, len(tokens), rows):
+            part = tokens[at : at + rows]
             self._decode(_scored_batch(part, at), part)
             result[at - start : at - start + len(part)] = _log_softmax(self._logits(len(part)))
         return result
@@ -292,6 +319,7 @@ class LlamaSession:
         scales = (ctypes.c_float * count)(*(adapter.scale for adapter in adapters))
         if self._lib.llama_set_adapters_lora(self._ctx, (ctypes.c_void_p * count)(*handles), count, scales):
             raise ModelError(f"llama.cpp refused the adapters{self._said()}")
+        self._turn += 1
         # What is cached was computed with other weights.
         self._lib.llama_memory_clear(self._memory, True)
         self._cached = []
