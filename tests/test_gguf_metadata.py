@@ -173,6 +173,11 @@ def test_an_ordinary_token_that_really_ends_answers_stays(model: Model) -> None:
     assert model.read()["tokenizer.ggml.tokens"][8] == "</s>"
 
 
+def test_an_added_token_keeps_its_name_whatever_it_is(model: Model) -> None:
+    model.tokenizer(added_tokens=[*TOKENIZER["added_tokens"], added(8, "</s>", special=False)])
+    assert model.read()["tokenizer.ggml.tokens"][8] == "</s>"
+
+
 def test_more_tokens_than_rows_is_an_error(model: Model) -> None:
     model.config["vocab_size"] = 7
     with pytest.raises(ModelError, match="ids up to 7, but the embedding has only 7 rows"):
@@ -261,6 +266,15 @@ def test_stop_ids_that_llama_cpp_does_not_know_get_a_place(model: Model) -> None
     assert read["tokenizer.ggml.eos_token_id"] == 1
     assert read["tokenizer.ggml.eot_token_id"] == 7
     assert read["tokenizer.ggml.eom_token_id"] == 5
+
+
+def test_eos_itself_needs_no_second_place(model: Model) -> None:
+    model.write("tokenizer_config.json", {"eos_token": "<tool>"})
+    model.write("generation_config.json", {"eos_token_id": [7, 5]})
+    read = model.read()
+    assert read["tokenizer.ggml.eos_token_id"] == 7
+    assert read["tokenizer.ggml.eot_token_id"] == 5
+    assert "tokenizer.ggml.eom_token_id" not in read
 
 
 def test_stop_ids_without_a_place_are_reported(model: Model) -> None:
@@ -440,7 +454,7 @@ def test_a_model_without_dummy_prefix_says_so(sentencepiece: Model) -> None:
     assert sentencepiece.read()["tokenizer.ggml.add_space_prefix"] is False
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff", spm()[:-3], b"not a model at all"])
+@pytest.mark.parametrize("damage", [b"", b"\xff", spm()[:-3], piece("<unk>", 0)[:6], b"not a model at all"])
 def test_a_damaged_sentencepiece_model_names_the_file(sentencepiece: Model, damage: bytes) -> None:
     (sentencepiece.path / "tokenizer.model").write_bytes(damage)
     with pytest.raises(ModelError, match=r"tokenizer\.model is not a SentencePiece model"):
