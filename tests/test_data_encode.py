@@ -210,15 +210,13 @@ def test_mask_invariants(tokenizer: Any, turns: list[tuple[str, str]], template:
 
 
 @pytest.mark.model
-def test_same_tokens_as_transformers_on_smollm2(cache: Path) -> None:
+def test_same_tokens_as_transformers_on_smollm2(smollm2_hf: Path) -> None:
     from edgeft.data.load import load_split
-    from edgeft.models.references import resolve
     from edgeft.models.text import load_text_side
 
     transformers = pytest.importorskip("transformers")
-    folder = resolve("smollm2-135m", want="hf").path
-    side = load_text_side(folder)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    side = load_text_side(smollm2_hf)
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2_hf)
     examples = load_split("smart-home", "test")
     encoded = encode_all(examples, side.need_template(), side.tokenize, side.eos_tokens).encoded
     for example, mine in zip(examples, encoded, strict=True):
