@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, not
 
 if TYPE_CHECKING:
     from edgeft.artifact import Artifact
-    from edgeft.export import Export
+    from edgeft.data.example import Example
+    from edgeft.export import Export, Origin
     from edgeft.plugins import Plan
+    from edgeft.verify.report import Finding
 
 EPILOG = """
 \b
@@ -93,20 +96,67 @@ def export(
     started = time.monotonic()
     artifact = workflow.export(prepared, progress)
     seconds = time.monotonic() - started
-    checked = None if no_verify else _verify(prepared, artifact)
-    _show_result(artifact, seconds, checked, as_json)
+    findings = [] if no_verify else _verify(prepared, artifact)
+    _show_result(artifact, seconds, findings, as_json)
+    _fail_on(findings, artifact)
 
 
-def _verify(prepared: Export, artifact: Artifact) -> dict[str, Any] | None:
+def _verify(prepared: Export, artifact: Artifact) -> list[Finding]:
     """A small sample through the file; `edgeft verify` does the thorough job."""
-    import importlib.util
-
-    if importlib.util.find_spec("edgeft.verify.quick") is None:
-        return None
+    from edgeft.errors import MissingDependency
+    from edgeft.sessions import open_session
     from edgeft.verify.quick import quick_check
 
-    result: dict[str, Any] = quick_check(prepared.origin.run, artifact)
-    return result
+    if not _fits_in_memory(prepared.plan.parameters):
+        note(
+            "note: not compared with the model, which would not fit into memory; edgeft verify does on a larger machine"
+        )
+        return []
+    try:
+        opened = open_session(str(artifact.path))
+    except MissingDependency as error:
+        note(f"note: not verified, no runtime can load the file: {error.message}")
+        return []
+    source = prepared.origin.source
+    with opened.session as session:
+        return quick_check(
+            artifact.path, source, session, examples=_examples(prepared.origin), progress=ConsoleProgress()
+        )
+
+
+def _fits_in_memory(parameters: int) -> bool:
+    """Whether base and merged weights in float32 leave half of the machine to others."""
+    from edgeft.doctor import memory_gib
+
+    memory = memory_gib()
+    return memory is None or parameters * 4 / 2**30 < memory / 2
+
+
+def _examples(origin: Origin) -> list[Example]:
+    """A few of the examples the run was evaluated on; none when they are gone, the check then takes plain sentences."""
+    from edgeft.cli.verify import held_out
+    from edgeft.errors import EdgeftError
+    from edgeft.verify.quick import SAMPLE
+
+    if origin.run is None:
+        return []
+    try:
+        return held_out(origin.run, None, None)[:SAMPLE]
+    except EdgeftError as error:
+        note(f"note: verified on plain sentences, not on the run's data: {error.message}")
+        return []
+
+
+def _fail_on(findings: Sequence[Finding], artifact: Artifact) -> None:
+    from edgeft.errors import CheckFailed
+
+    failed = [finding for finding in findings if not finding.ok]
+    if failed:
+        said = "; ".join(f"{finding.name}: {finding.detail}" for finding in failed)
+        raise CheckFailed(
+            f"{artifact.path} is written, but does not answer as the model does: {said}",
+            "edgeft verify looks closer; --to gguf-q8_0 keeps more bits.",
+        )
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
@@ -159,7 +209,7 @@ def _plan_object(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _show_result(artifact: Artifact, seconds: float, checked: dict[str, Any] | None, as_json: bool) -> None:
+def _show_result(artifact: Artifact, seconds: float, findings: Sequence[Finding], as_json: bool) -> None:
     manifest = artifact.manifest
     assert manifest is not None
     if as_json:
@@ -173,7 +223,7 @@ def _show_result(artifact: Artifact, seconds: float, checked: dict[str, Any] | N
                 "sha256": manifest.sha256,
                 "seconds": round(seconds, 2),
                 "notes": list(manifest.notes),
-                "verified": checked,
+                "findings": [finding.as_dict() for finding in findings],
             }
         )
         return
@@ -185,3 +235,10 @@ def _show_result(artifact: Artifact, seconds: float, checked: dict[str, Any] | N
         f"{artifact.path}  {manifest.bytes / 1e6:.1f} MB, {manifest.bits_per_weight:.2f} bits per weight ({mix}), "
         f"{seconds:.1f} s"
     )
+    if findings:
+        click.echo("verified: " + ", ".join(_finding(finding) for finding in findings))
+
+
+def _finding(finding: Finding) -> str:
+    figure = "" if finding.value is None else f" {finding.value:.4g}"
+    return f"{finding.name}{figure} {'skipped' if finding.skipped else 'ok' if finding.ok else 'FAILED'}"

@@ -49,7 +49,8 @@ def verify(
 
     Compares ARTIFACT, loaded in its runtime, with base and adapter merged in torch: the same tokens for every text, the
     same chat template, and on held-out data the same next tokens, within limits that depend on the file's bits per
-    weight (docs/verify.md). Writes the losses into the file's manifest. Exit code 5 when a check fails.
+    weight (docs/verify.md). Writes the losses into the file's manifest, unless only a part of the data is compared.
+    Exit code 5 when a check fails.
     """
     limits = dict(_limit(text) for text in tolerance)
     from edgeft.artifact import update_ledger
@@ -59,21 +60,35 @@ def verify(
 
     progress = ConsoleProgress()
     origin = find(model, adapter, progress)
-    held_out = _held_out(origin.run, data, split)[:examples]
+    compared = held_out(origin.run, data, split)[:examples]
+    # A ledger's stages belong to one set of examples.
+    whole = examples is None and (origin.run is None or (data is None and split is None))
     opened = open_session(str(artifact), runtime, progress=progress)
     with opened.session as session:
         report = verify_file(
             origin.source,
             opened.artifact.path,
             session,
-            held_out,
+            compared,
             tolerance=limits,
-            nll_training_graph=origin.run.manifest().evaluation.get("nll_training_graph") if origin.run else None,
+            nll_training_graph=_trained_nll(origin.run) if whole else None,
             progress=progress,
         )
-    update_ledger(opened.artifact.path, report.ledger)
+    if whole:
+        update_ledger(opened.artifact.path, report.ledger)
+        _compare_counts(origin.run, report)
     _print(report, {"model": model, "artifact": str(artifact), "runtime": opened.runtime}, as_json)
     _fail_on(report, artifact)
+
+
+def _trained_nll(run: Run | None) -> float | None:
+    return run.manifest().evaluation.get("nll_training_graph") if run else None
+
+
+def _compare_counts(run: Run | None, report: Report) -> None:
+    scored = run.manifest().evaluation.get("tokens") if run else None
+    if scored is not None and scored != report.figures["tokens"]:
+        note(f"note: training scored {scored:.0f} tokens, this comparison {report.figures['tokens']}")
 
 
 def _limit(text: str) -> tuple[str, float]:
@@ -84,7 +99,7 @@ def _limit(text: str) -> tuple[str, float]:
         raise click.UsageError(f"--tolerance: write NAME=VALUE, such as kl=0.05, not {text!r}") from error
 
 
-def _held_out(run: Run | None, data: str | None, split: str | None) -> list[Example]:
+def held_out(run: Run | None, data: str | None, split: str | None) -> list[Example]:
     """The examples to compare on: those asked for, or the run's test split (without one, its validation split)."""
     from edgeft.data.load import dataset_digest, load_split, resolve_dataset, split_files
     from edgeft.errors import UsageError
@@ -94,7 +109,8 @@ def _held_out(run: Run | None, data: str | None, split: str | None) -> list[Exam
         if run is None:
             raise UsageError("what to compare on is not known", "Give a data set with --data.")
         recorded = run.manifest().data
-        reference = str(recorded["reference"])
+        reference = str(recorded["path"] if Path(recorded["path"]).exists() else recorded["reference"])
+        split = split or recorded.get("held_out")
         if dataset_digest(reference) != recorded["digest"]:
             note(f"note: {reference} has changed since the run was trained on it")
     if split is None:
