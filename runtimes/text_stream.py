@@ -32,10 +32,11 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += text
-        found = min((at for stop in self._stop if (at := self._held.find(stop)) >= 0), default=-1)
-        if found >= 0:
+        # The one that is complete first, so that it does not matter how the text was cut into tokens.
+        ends = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if ends:
             self.stopped = True
-            ready, self._held = self._held[:found], ""
+            ready, self._held = self._held[: min(ends)[1]], ""
             return ready
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
