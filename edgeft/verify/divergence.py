@@ -62,8 +62,8 @@ class Divergence:
 
     @property
     def kl(self) -> float:
-        """Mean KL(reference ‖ file)."""
-        return self._kl / self.tokens
+        """Mean KL(reference ‖ file). float32 log-probabilities can push the sum a hair below zero."""
+        return max(0.0, self._kl / self.tokens)
 
     @property
     def top1(self) -> float:
