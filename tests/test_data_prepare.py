@@ -167,13 +167,16 @@ def test_tokens_are_counted_with_the_models_own_tokenizer(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = {"prompt": "x" * 400, "completion": "y"}
-    data = write(tmp_path / "a.jsonl", [{"prompt": "abc", "completion": "de"}, record(1), long])
+    stopping = {"instruction": "abc", "output": "de</s>fg"}
+    data = write(tmp_path / "a.jsonl", [{"prompt": "abc", "completion": "de"}, record(1), long, stopping])
     code, out, _ = run(capsys, "data", "check", data, "--model", model, "--json")
     tokens = json.loads(out)["splits"]["all"]["tokens"]
     short = len("u:abc") + 1 + len("a:de") + 1
     assert code == 0 and tokens["context"] == 300
-    assert tokens["histogram"][0]["from"] == short and sum(b["examples"] for b in tokens["histogram"]) == 2
+    assert tokens["histogram"][0]["from"] == short and sum(b["examples"] for b in tokens["histogram"]) == 3
     assert tokens["too_long"] == [f"{data}:3: needs 407 tokens"]
+    assert tokens["control_tokens"] == [f"{data}:4: </s> in the text"]
+    assert json.loads(out)["splits"]["all"]["formats"] == {"prompt-completion": 3, "instruction": 1}
     code, out, err = run(capsys, "data", "check", data, "--model", model)
     assert "█" in out and "longer than 300 tokens" in err
     code, _, err = run(capsys, "data", "check", data, "--model", model, "--context", "5")

@@ -81,7 +81,9 @@ def check(
 @click.option("--keep-near", is_flag=True, help="Keep near-duplicates.")
 @click.option("--keep-duplicates", is_flag=True, help="Keep exact duplicates, too.")
 @click.option("--keep-leaks", is_flag=True, help="Keep training examples that a held-out split also has.")
-@click.option("--scrub-pii", is_flag=True, help="Replace e-mail addresses, phone, card and social security numbers …")
+@click.option(
+    "--scrub-pii", is_flag=True, help="Replace e-mail addresses, phone, card and social security numbers, IP addresses."
+)
 @click.option(
     "--preferences",
     type=click.Choice(["keep", "chosen"]),
@@ -163,9 +165,9 @@ def _make(dataset: str, out: Path, options: Options, force: bool, dry_run: bool,
     from edgeft.data.prepare import check_target, write_prepared
     from edgeft.data.prepare import prepare as run_prepare
 
-    check_target(out, replace=force)
+    check_target(out, force=force)
     prepared = run_prepare(dataset, options, ConsoleProgress())
-    manifest = None if dry_run else write_prepared(prepared, out, options, replace=force)
+    manifest = None if dry_run else write_prepared(prepared, out, options, force=force)
     _list("left out", prepared.bad)
     if as_json:
         print_json(_prepared_dict(prepared, out, manifest))
@@ -229,6 +231,7 @@ def _show(report: Report) -> None:
         if item.tokens is not None:
             _list(f"longer than {item.tokens.context} tokens", item.tokens.too_long)
             _list("refused by the chat template", item.tokens.refused)
+            _list("control tokens in the text", item.tokens.control)
     if report.leaks:
         _list("leakage between splits", report.leaks)
     for problem in report.problems():
@@ -236,7 +239,7 @@ def _show(report: Report) -> None:
 
 
 def _row(item: SplitReport) -> tuple[object, ...]:
-    formats = ", ".join(item.formats)
+    formats = ", ".join(name if len(item.formats) == 1 else f"{name} {n}" for name, n in item.formats.items())
     return item.name, item.examples, formats, len(item.bad), len(item.exact), len(item.near), len(item.roles)
 
 

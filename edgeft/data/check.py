@@ -51,6 +51,8 @@ class TokenStatistics:
     too_long: list[Place] = field(default_factory=list)
     refused: list[Place] = field(default_factory=list)
     """Conversations that the chat template does not render."""
+    control: list[Place] = field(default_factory=list)
+    """Texts that hold an end-of-turn token: the model would learn to stop there."""
     notes: Counter[Note] = field(default_factory=Counter)
 
     def quantile(self, share: float) -> int:
@@ -75,7 +77,7 @@ class SplitReport:
     name: str
     file: Path
     examples: int
-    formats: Counter[str]
+    formats: Counter[Format]
     bad: list[BadLine]
     exact: list[Place]
     near: list[Place]
@@ -158,7 +160,7 @@ def _split_report(
         name,
         file,
         len(records),
-        Counter(_kind(record.item) for record in records),
+        Counter(record.format for record in records),
         bad,
         exact,
         near,
@@ -166,12 +168,6 @@ def _split_report(
         one_answer=len(records) > 1 and len(answers) == 1,
         tokens=_token_statistics(records, reader, progress) if reader else None,
     )
-
-
-def _kind(item: Example | Preference) -> str:
-    if isinstance(item, Preference):
-        return "preference"
-    return "messages" if item.text is None else "text"
 
 
 def _answer(item: Example | Preference) -> object:
@@ -236,6 +232,8 @@ def _token_statistics(records: Sequence[Record], reader: Reader, progress: Progr
     for record in records:
         progress.advance(1)
         for example in _examples(record.item):
+            if found := _control_token(example, reader):
+                result.control.append(Place(record.file, record.line, f"{found} in the text"))
             try:
                 encoded = encode(example, reader.template, reader.tokenize, reader.eos_tokens, reader.context)
             except TooLong as error:
@@ -248,6 +246,11 @@ def _token_statistics(records: Sequence[Record], reader: Reader, progress: Progr
                 result.notes.update(encoded.notes)
     progress.finish()
     return result
+
+
+def _control_token(example: Example, reader: Reader) -> str | None:
+    texts = [example.text or "", *(str(message.get("content") or "") for message in example.messages)]
+    return next((token for token in reader.eos_tokens if any(token in text for text in texts)), None)
 
 
 def _examples(item: Example | Preference) -> list[Example]:
@@ -304,6 +307,7 @@ def _tokens_dict(tokens: TokenStatistics) -> dict[str, Any]:
         "max": max(tokens.lengths, default=0),
         "too_long": [str(place) for place in tokens.too_long],
         "refused": [str(place) for place in tokens.refused],
+        "control_tokens": [str(place) for place in tokens.control],
         "notes": dict(tokens.notes),
         "histogram": [{"from": low, "to": high, "examples": count} for low, high, count in tokens.histogram()],
     }

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -116,7 +116,7 @@ def _converted(record: Record, options: Options, scrubber: Scrubber | None) -> R
     item = record.item
     if options.preferences == "chosen" and isinstance(item, Preference):
         item = chosen_answer(item)
-    return Record(scrubber.item(item) if scrubber else item, record.file, record.line)
+    return replace(record, item=scrubber.item(item) if scrubber else item)
 
 
 def _dedupe(splits: dict[str, list[Record]], options: Options, removed: Counter[str], progress: Progress) -> None:
@@ -193,17 +193,17 @@ def _refuse_unusable(splits: Mapping[str, list[Record]], reference: str | Path) 
 # --- Writing ----------------------------------------------------------------------------
 
 
-def write_prepared(prepared: Prepared, out: Path, options: Options, *, replace: bool = False) -> dict[str, Any]:
+def write_prepared(prepared: Prepared, out: Path, options: Options, *, force: bool = False) -> dict[str, Any]:
     """Write a prepared folder beside its final name, then rename it: it is there whole or not at all.
 
     Returns:
         What data.json holds.
 
     Raises:
-        UsageError: when `out` exists and `replace` is false, or is not a prepared folder.
+        UsageError: when `out` exists and `force` is false, or is not a prepared folder.
         WriteError: when it cannot be written.
     """
-    check_target(out, replace=replace)
+    check_target(out, force=force)
     scratch = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         scratch.mkdir(parents=True)
@@ -216,11 +216,11 @@ def write_prepared(prepared: Prepared, out: Path, options: Options, *, replace: 
     return manifest
 
 
-def check_target(out: Path, *, replace: bool) -> None:
+def check_target(out: Path, *, force: bool) -> None:
     """Raises: UsageError when a prepared folder cannot go there."""
     if not out.exists():
         return
-    if not replace:
+    if not force:
         raise UsageError(f"{out} exists", "Give another --out, or --force to replace it.")
     if not out.is_dir():
         raise UsageError(f"{out} is a file, not a prepared data set", "Give another --out.")

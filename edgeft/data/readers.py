@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.data.example import Example, Preference
-from edgeft.data.formats import BadRecord, Format, parse
+from edgeft.data.formats import BadRecord, Format, detect, parse
 from edgeft.errors import DataError, require
 
 _CSV_FIELD_LIMIT = 1 << 27
@@ -38,6 +38,8 @@ class Record:
     item: Example | Preference
     file: Path
     line: int
+    format: Format
+    """What it was read as."""
 
 
 Row = tuple[int, Any]
@@ -63,7 +65,8 @@ def read_records(file: Path, as_format: Format | None = None) -> Iterator[Record
             try:
                 if isinstance(value, BadRecord):
                     raise value
-                yield Record(parse(value, as_format), file, line)
+                item = parse(value, as_format)
+                yield Record(item, file, line, as_format or detect(value) or "messages")
             except BadRecord as error:
                 yield BadLine(file, line, str(error))
     except OSError as error:
