@@ -24,7 +24,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 test: dev ## run the tests
 	$(BIN)/pytest -m "not slow and not reference"
 
-test-slow: dev ## run the slow tests too: kills, soak
+test-slow: dev ## all tests: kills, soak, llama.cpp as the reference (needs llama-cpp-python and npm)
 	$(BIN)/pytest -m "not reference"
 
 test-reference: dev ## compare exports with llama.cpp's own converter and quantizer (builds llama-cpp-python)

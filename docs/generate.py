@@ -1,6 +1,6 @@
 """Write docs/cli.md from the commands themselves, or check that it is up to date.
 
-    python docs/generate.py [--check]
+python docs/generate.py [--check]
 """
 
 from __future__ import annotations
