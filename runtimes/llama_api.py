@@ -108,6 +108,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_n_ctx": (c_uint32, [c_void_p]),
     "llama_model_n_ctx_train": (c_int32, [c_void_p]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
+    "llama_model_meta_val_str": (c_int32, [c_void_p, c_char_p, c_char_p, c_size_t]),
     "llama_model_chat_template": (c_char_p, [c_void_p, c_char_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
     "llama_vocab_is_eog": (c_bool, [c_void_p, Token]),

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,8 @@ _SCORE_ROWS = 128
 """Positions scored at once: 128 rows of a 150,000-token vocabulary are 77 MB."""
 _PENALTY_WINDOW = 64
 _ABORTED = 2
+_COMPOSING = frozenset({"qwen2", "qwen35"})
+"""Pre-tokenizers whose models compose characters (Unicode NFC) before they split; llama.cpp leaves that out."""
 
 
 class LlamaSession:
@@ -44,6 +47,7 @@ class LlamaSession:
         self._flag = ctypes.create_string_buffer(2)
         self._model = _load_model(library, path, options)
         self._vocab = library.llama_model_get_vocab(self._model)
+        self._composes = _metadata(library, self._model, "tokenizer.ggml.pre") in _COMPOSING
         self._ctx = _make_context(library, self._model, options, path)
         self._memory = library.llama_get_memory(self._ctx)
         self.context = int(library.llama_n_ctx(self._ctx))
@@ -100,7 +104,7 @@ class LlamaSession:
 
     def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> TokenIds:
         self._alive()
-        data = text.encode()
+        data = (unicodedata.normalize("NFC", text) if self._composes else text).encode()
         room = (Token * (len(data) + 8))()
         count = self._lib.llama_tokenize(self._vocab, data, len(data), room, len(room), False, special)
         if count < 0:
@@ -334,6 +338,13 @@ class LlamaSession:
                 raise ModelError(f"{path} is not an adapter for {self._path.name}{self._said()}")
             self._adapters[path] = handle
         return self._adapters[path]
+
+
+def _metadata(library: Library, model: int, key: str) -> str:
+    """A short text from the file's metadata; "" when it has no such key."""
+    room = ctypes.create_string_buffer(64)
+    size = library.llama_model_meta_val_str(model, key.encode(), room, len(room))
+    return room.value.decode("utf-8", "replace") if size >= 0 else ""
 
 
 def _load_model(library: Library, path: Path, options: LoadOptions) -> int:
