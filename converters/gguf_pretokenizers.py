@@ -49,14 +49,31 @@ def recognise(tokenizer: Mapping[str, Any], where: str) -> str:
         UnsupportedModel: llama.cpp has no pre-tokenizer known to edgeft that splits like this one.
     """
     rules = tuple(_rules(tokenizer.get("pre_tokenizer") or {}))
+    normalizations = set(_normalizations(tokenizer.get("normalizer") or {}))
     ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
     name = _KNOWN.get((rules, ignore_merges))
+    if normalizations - {"NFC"}:
+        raise UnsupportedModel(
+            f"{where} changes text before it splits ({', '.join(sorted(normalizations))}), which llama.cpp cannot do",
+            OVERRIDE_HINT,
+        )
+    if name == "qwen2" and not normalizations:
+        # The same rules in llama.cpp; the name tells runtimes whether to compose characters first.
+        return "deepseek-r1-qwen"
     if name is None:
         raise UnsupportedModel(
             f"{where} splits text by rules that no known llama.cpp pre-tokenizer has: {' then '.join(rules) or 'none'}",
             OVERRIDE_HINT,
         )
     return name
+
+
+def _normalizations(node: Mapping[str, Any]) -> Iterator[str]:
+    if node.get("type") == "Sequence":
+        for child in node["normalizers"]:
+            yield from _normalizations(child)
+    elif "type" in node:
+        yield node["type"]
 
 
 def _rules(node: Mapping[str, Any]) -> Iterator[str]:

@@ -100,11 +100,25 @@ def model(tmp_path: Path) -> Model:
         (BYTE_LEVEL, False, "gpt-2"),
         (sequence(split(WORDS % "{1,3}"), BYTES_ONLY), True, "llama-bpe"),
         (sequence(split(WORDS % "{1,3}"), BYTES_ONLY), False, "smaug-bpe"),
-        (sequence(split(WORDS % ""), BYTES_ONLY), False, "qwen2"),
+        (sequence(split(WORDS % ""), BYTES_ONLY), False, "deepseek-r1-qwen"),
     ],
 )
 def test_the_pre_tokenizer_is_recognised_by_its_rules(rules: Any, ignore_merges: bool, name: str) -> None:
     assert recognise({"pre_tokenizer": rules, "model": {"ignore_merges": ignore_merges}}, "here") == name
+
+
+def test_a_name_says_whether_characters_are_composed(model: Model) -> None:
+    rules = sequence(split(WORDS % ""), BYTES_ONLY)
+    model.tokenizer(pre_tokenizer=rules, normalizer={"type": "NFC"})
+    assert model.read()["tokenizer.ggml.pre"] == "qwen2"
+    model.tokenizer(pre_tokenizer=rules, normalizer={"type": "Sequence", "normalizers": []})
+    assert model.read()["tokenizer.ggml.pre"] == "deepseek-r1-qwen"
+
+
+def test_a_normalization_that_llama_cpp_lacks_is_refused(model: Model) -> None:
+    model.tokenizer(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]})
+    with pytest.raises(UnsupportedModel, match="changes text before it splits.*Lowercase"):
+        model.read()
 
 
 def test_a_fine_tune_that_adds_a_token_keeps_its_pre_tokenizer(model: Model) -> None:
