@@ -67,14 +67,17 @@ adapted.save_pretrained(folder + "/adapter")
 
 @dataclass(frozen=True)
 class Cost:
-    """What processes took: wall seconds, the largest peak resident set in bytes, bytes of files written."""
+    """What processes took: wall and processor seconds, the largest peak resident set and files written, in bytes."""
 
     seconds: float
+    cpu: float
     peak: int
     written: int
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, max(self.peak, other.peak), self.written + other.written)
+        return Cost(
+            self.seconds + other.seconds, self.cpu + other.cpu, max(self.peak, other.peak), self.written + other.written
+        )
 
 
 def run(command: Sequence[str], output: Path) -> Cost:
@@ -92,7 +95,7 @@ def run(command: Sequence[str], output: Path) -> Cost:
         if os.waitstatus_to_exitcode(status):
             log.seek(0)
             sys.exit(f"{' '.join(command)[:200]} failed:\n{log.read().decode()[-3000:]}")
-    return Cost(seconds, usage.ru_maxrss * 1024, size(output))
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, size(output))
 
 
 def size(path: Path) -> int:
@@ -153,6 +156,8 @@ def measure(work: Path, source: Path, repeat: int) -> dict[str, Any]:
         ratios = [mine.seconds / other.seconds for mine, other in zip(ours[target], rival[target], strict=True)]
         figures[f"wall_ratio_{target}"] = round(statistics.median(ratios), 4)
         figures[f"wall_ratio_{target}_spread"] = round(max(ratios) - min(ratios), 4)
+        busy = [mine.cpu / other.cpu for mine, other in zip(ours[target], rival[target], strict=True)]
+        figures[f"cpu_ratio_{target}"] = round(statistics.median(busy), 4)
         figures[f"wall_seconds_{target}"] = round(statistics.median(cost.seconds for cost in ours[target]), 2)
         figures[f"rival_wall_seconds_{target}"] = round(statistics.median(cost.seconds for cost in rival[target]), 2)
     peaks = {name: [cost.peak for costs in side.values() for cost in costs] for name, side in

@@ -18,7 +18,7 @@ from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 from . import gguf_architectures as architectures
 from . import gguf_types, safetensors_rows
 from .adapter import EMBEDDING, HEAD, Adapter, Change, check_fit, read_adapter
-from .ggml import Ggml, GgmlType
+from .ggml import TYPES, Ggml, GgmlType
 from .gguf_metadata import metadata, rope_parameters, stop_token_ids
 from .gguf_writer import KeyValue, TensorInfo, data_size, head, uint32
 from .merge import MergedTensor, read_whole
@@ -86,11 +86,11 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     adapter = read_adapter(source.adapter) if source.adapter else None
     warnings: list[str] = []
     tensors = _tensors(base, adapter, config, family, sizes, warnings)
-    items, name = _items(tensors, mixture, family, sizes, config)
+    items, name = _items(tensors, mixture, family, sizes, config, ggml)
     if adapter is not None:
         warnings += _no_effect(adapter, ggml)
     pairs = _metadata(source, options, config, items, gguf_types.FILE_TYPES[name], warnings)
-    return _plan(source, target, options, items, pairs, warnings, name)
+    return _plan(source, target, options, items, pairs, warnings, name, sizes.layers)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -195,6 +195,7 @@ def _items(
     family: architectures.Family,
     sizes: architectures.Sizes,
     config: Mapping[str, Any],
+    ggml: Ggml,
 ) -> tuple[list[Item], str]:
     """The file's tensors in its order, and the mixture that was really used."""
     sources: dict[str, MergedTensor | NDArray[np.float32]] = dict(tensors)
@@ -205,7 +206,7 @@ def _items(
         sources["rope_freqs.weight"] = factors
     names = sorted(sources, key=gguf_types.order)
     shapes = [gguf_types.Shape(name, sources[name].shape) for name in names]
-    name = gguf_types.best_mixture(shapes) if mixture == "best" else mixture
+    name = best_mixture(shapes, tensors, ggml) if mixture == "best" else mixture
     wide = sizes.layers == 80 and (family.name == "qwen2" or (family.name == "llama" and sizes.heads != sizes.kv_heads))
     choices = gguf_types.assign(name, shapes, sizes.layers, wide_values=wide)
     items = [
@@ -213,6 +214,41 @@ def _items(
         for shape, choice in zip(shapes, choices, strict=True)
     ]
     return items, name
+
+
+_SAMPLED_TENSORS = 8
+_SAMPLED_ROWS = 32
+
+
+def best_mixture(shapes: Sequence[gguf_types.Shape], tensors: Mapping[str, MergedTensor], ggml: Ggml) -> str:
+    """Q4_K_M where it fits; else the better of two mixtures with blocks of 32, by their error on a few merged rows.
+
+    Shapes alone do not tell them apart: weights that once were in a Q4_1 file still lie near its grid.
+    """
+    if gguf_types.fits_k_quants(shapes):
+        return "Q4_K_M"
+    names = [shape.name for shape in shapes if shape.name.startswith("blk.") and gguf_types.quantizable(shape)]
+    chosen = names[:: max(1, len(names) // _SAMPLED_TENSORS)]
+    with Reader() as reader:
+        samples = [_sample(tensors[name], reader, ggml) for name in chosen if tensors[name].shape[-1] % 32 == 0]
+    if not samples:
+        return "Q4_K_M"
+    errors = {kind: sum(_error(ggml, TYPES[kind], sample) for sample in samples) for kind in gguf_types.BLOCKS_OF_32}
+    return gguf_types.better_in_blocks_of_32(errors)
+
+
+def _sample(tensor: MergedTensor, reader: Reader, ggml: Ggml) -> NDArray[np.float32]:
+    rows = tensor.shape[0]
+    group = rows if tensor.order is not None else min(rows, _SAMPLED_ROWS)
+    return tensor.load(reader, ggml).rows(0, group)[:_SAMPLED_ROWS].copy()
+
+
+def _error(ggml: Ggml, kind: GgmlType, weights: NDArray[np.float32]) -> float:
+    """Squared error relative to the weights' own square, after quantizing and back."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    back = dequantize(ggml.quantize(kind, weights), GGMLQuantizationType(kind.id))
+    return float(((back - weights) ** 2).sum() / ((weights**2).sum() + 1e-30)) ** 0.5
 
 
 def _group(source: MergedTensor | NDArray[np.float32], sizes: architectures.Sizes) -> int:
@@ -271,12 +307,13 @@ def _plan(
     pairs: Sequence[KeyValue],
     warnings: list[str],
     mixture: str,
+    layers: int,
 ) -> Plan:
     infos = [item.info for item in items]
     prefix = head(pairs, infos)
     weights = sum(item.weights for item in items if isinstance(item.source, MergedTensor))
     bits = 8 * sum(info.bytes for info in infos) / weights
-    warnings += gguf_types.honest_label(target, mixture, bits, [item.note for item in items])
+    warnings += _label_notes(target, mixture, items, bits, layers)
     template = next((pair.value for pair in pairs if pair.key == "tokenizer.chat_template"), None)
     details = Details(
         tuple(items),
@@ -301,3 +338,15 @@ def _plan(
         ),
         details=details,
     )
+
+
+def _label_notes(target: str, mixture: str, items: Sequence[Item], bits: float, layers: int) -> list[str]:
+    label = "Q4_K_M" if target == "gguf-q4" else mixture
+    shapes = [gguf_types.Shape(item.name, item.shape) for item in items]
+    choices = gguf_types.assign(label, shapes, layers)
+    label_bytes = sum(
+        item.rows * choice.type.row_bytes(item.columns) for item, choice in zip(items, choices, strict=True)
+    )
+    label_bits = 8 * label_bytes / sum(item.weights for item in items)
+    fallbacks = sum(bool(item.note) for item in items)
+    return gguf_types.honest_label(label, mixture, bits, label_bits, fallbacks, len(items))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .ggml import TYPES, GgmlType
 
-FILE_TYPES: Mapping[str, int] = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15, "IQ4_NL": 25, "BF16": 32}
+FILE_TYPES: Mapping[str, int] = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K_M": 15, "IQ4_NL": 25, "BF16": 32}
 """`general.file_type` of each mixture, from `llama.h`."""
 
 _DEFAULT: Mapping[str, str] = {"Q4_K_M": "Q4_K"}
@@ -72,15 +72,33 @@ def assign(mixture: str, tensors: Sequence[Shape], layers: int, *, wide_values: 
         if tensor.name == "output.weight" or (tied and tensor.name == "token_embd.weight"):
             kind = kind if kind in ("F16", "BF16", "Q8_0") else "Q6_K"
         elif tensor.name.endswith("attn_v.weight"):
-            if mixture == "Q4_K_M":
-                kind = "Q6_K" if more_bits(seen_values, values) else "Q5_K" if wide_values else kind
+            kind = _values_type(mixture, kind, tensor.columns, more_bits(seen_values, values), wide_values)
             seen_values += 1
         elif "ffn_down" in tensor.name:
-            if mixture == "Q4_K_M" and more_bits(seen_downs, layers):
-                kind = "Q6_K"
+            kind = _down_type(mixture, kind, tensor.columns, more_bits(seen_downs, layers))
             seen_downs += 1
+        elif mixture == "IQ4_NL" and tensor.columns % 256 == 0:
+            kind = "Q4_K"
         choices.append(_fitted(kind, tensor.columns))
     return choices
+
+
+def _values_type(mixture: str, kind: str, columns: int, more: bool, wide: bool) -> str:
+    if mixture == "Q4_K_M":
+        return "Q6_K" if more else "Q5_K" if wide else kind
+    if mixture in ("Q4_1", "IQ4_NL") and more:
+        # A hundredth of the weights; in SmolLM2-135M the divergence falls by 7 % for 0.04 bits per weight.
+        return "Q8_0"
+    return "Q4_K" if mixture == "IQ4_NL" and columns % 256 == 0 else kind
+
+
+def _down_type(mixture: str, kind: str, columns: int, more: bool) -> str:
+    if mixture == "Q4_K_M":
+        return "Q6_K" if more else kind
+    if mixture == "IQ4_NL":
+        wide = columns % 256 == 0
+        return ("Q6_K" if wide else "Q5_1") if more else ("Q4_K" if wide else kind)
+    return kind
 
 
 def quantizable(tensor: Shape) -> bool:
@@ -103,18 +121,39 @@ def _fitted(kind: str, columns: int) -> Choice:
     return Choice(found, f"{columns} columns do not fill blocks of {wanted.block}: {found.name} instead of {kind}")
 
 
-def best_mixture(tensors: Sequence[Shape]) -> str:
-    """Q4_K_M where its blocks of 256 fit every row; where they do not, a mixture of 32-blocks ("SMALL")."""
-    fits = all(tensor.columns % 256 == 0 for tensor in tensors if quantizable(tensor))
-    return "Q4_K_M" if fits else "IQ4_NL"
+def fits_k_quants(tensors: Sequence[Shape]) -> bool:
+    """Whether every row fills whole blocks of 256."""
+    return all(tensor.columns % 256 == 0 for tensor in tensors if quantizable(tensor))
 
 
-def honest_label(target: str, mixture: str, bits: float, notes: Sequence[str]) -> list[str]:
-    """Warnings when a file will not be what its label promises."""
-    fallbacks = sum(bool(note) for note in notes)
+BLOCKS_OF_32 = ("IQ4_NL", "Q4_1")
+"""What `gguf-q4` chooses from where K-quants do not fit: 4.5 and 5 bits per weight in the layers."""
+
+_GRID_GAIN = 0.7
+"""Q4_1 is chosen when its error is below this share of IQ4_NL's. Measured: 1.02 on normally distributed weights, 0.02
+on SmolLM2-135M out of a Q4_1 file, 0.5 on the same with a random adapter of 3 % of the weights' norm."""
+
+
+def better_in_blocks_of_32(errors: Mapping[str, float]) -> str:
+    """The mixture for measured relative errors of the two types."""
+    return "Q4_1" if errors["Q4_1"] < _GRID_GAIN * errors["IQ4_NL"] else "IQ4_NL"
+
+
+def honest_label(label: str, mixture: str, bits: float, label_bits: float, fallbacks: int, total: int) -> list[str]:
+    """What the reader should know when a file is not what its label promises.
+
+    Args:
+        label: the mixture asked for, or "Q4_K_M" when edgeft was to choose.
+        label_bits: bits per weight that llama-quantize's mixture of that name would have.
+    """
+    if mixture != label:
+        return [
+            f"rows do not fill the blocks of {label}, which would really take {label_bits:.2f} bits per weight; "
+            f"a {mixture} mixture with {bits:.2f} is written instead"
+        ]
     if fallbacks == 0:
         return []
-    return [f"{mixture} is a label: {fallbacks} of {len(notes)} tensors fall back, {bits:.2f} bits per weight in all"]
+    return [f"{label} is a label here: {fallbacks} of {total} tensors fall back, {bits:.2f} bits per weight in all"]
 
 
 _SPEED = {"Q4_K": 15.0, "Q5_K": 17.0, "Q6_K": 25.0, "IQ4_NL": 3.5}

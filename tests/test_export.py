@@ -425,3 +425,44 @@ def test_an_old_manifest_does_not_outlive_its_file(base: Path, tmp_path: Path) -
         manifest = read_manifest(out)
         assert manifest is not None
         assert manifest.target == target
+
+
+# --- gguf-q4 ------------------------------------------------------------------
+
+
+def types_in(file: Path) -> set[str]:
+    manifest = read_manifest(file)
+    assert manifest is not None
+    return set(manifest.types)
+
+
+def test_q4_is_q4_k_m_where_blocks_of_256_fit(tmp_path: Path) -> None:
+    base = tiny.write_model(tmp_path / "wide", dtype="bfloat16", hidden_size=256, intermediate_size=512, head_dim=64)
+    for target in ("gguf-q4", "gguf-q4_k_m"):
+        assert export(base, "--to", target, "--out", tmp_path / f"{target}.gguf") == 0
+    assert (tmp_path / "gguf-q4.gguf").read_bytes() == (tmp_path / "gguf-q4_k_m.gguf").read_bytes()
+
+
+def test_q4_of_narrow_rows_is_smaller_than_q4_k_m(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for target in ("gguf-q4", "gguf-q4_k_m"):
+        assert export(base, "--to", target, "--out", tmp_path / f"{target}.gguf") == 0
+    assert "which would really take 6." in capsys.readouterr().err
+    assert (tmp_path / "gguf-q4.gguf").stat().st_size < (tmp_path / "gguf-q4_k_m.gguf").stat().st_size
+    assert "IQ4_NL" in types_in(tmp_path / "gguf-q4.gguf")
+
+
+def test_q4_keeps_to_the_grid_of_weights_that_were_in_a_q4_1_file(base: Path, tmp_path: Path) -> None:
+    import torch
+    from gguf import GGMLQuantizationType, dequantize, quantize
+    from safetensors.torch import load_file, save_file
+
+    q4_1 = GGMLQuantizationType.Q4_1
+    tensors = load_file(base / "model.safetensors")
+    for name, value in tensors.items():
+        if "proj" in name:
+            tensors[name] = torch.from_numpy(dequantize(quantize(value.float().numpy(), q4_1), q4_1)).bfloat16()
+    save_file(tensors, base / "model.safetensors")
+    assert export(base, "--out", tmp_path / "x.gguf") == 0
+    assert types_in(tmp_path / "x.gguf") == {"F32", "Q4_1", "Q8_0"}
