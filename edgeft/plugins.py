@@ -154,7 +154,11 @@ class Session(AbstractContextManager["Session"], Protocol):
         """Text of tokens; control tokens become nothing."""
 
     def generate(self, prompt: TokenIds, sampling: Sampling, cancel: Cancel | None = None) -> Iterator[Delta]:
-        """Stream the answer; the last delta carries `usage`. Raises: ModelError when the prompt does not fit."""
+        """Stream the answer; the last delta carries `usage`.
+
+        The stream may be left at any point; it cannot be read on once the session was used for something else.
+        Raises: ModelError when the prompt does not fit.
+        """
 
     def score(self, tokens: TokenIds, start: int = 0) -> NDArray[np.float32]:
         """Next-token log-probabilities, natural log.
