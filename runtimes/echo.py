@@ -94,6 +94,7 @@ class EchoSession:
         self._script = script
         self._cached: TokenIds = []
         self._closed = False
+        self._turn = 0
 
     def __enter__(self) -> EchoSession:
         return self
@@ -155,14 +156,13 @@ class EchoSession:
     def _stream(self, prompt: TokenIds, sampling: Sampling, stopped: threading.Event) -> Iterator[Delta]:
         started = first = last = time.perf_counter()
         stream = TextStream(sampling.stop)
-        reused = self._reuse(prompt, len(prompt) - 1)
+        reused, turn = self._reuse(prompt, len(prompt) - 1), self._turn
         produced = 0
         reason: FinishReason = "cancel"
         if not _wait(stopped, self._script.prompt_delay_ms * (len(prompt) - reused)):
             self._cached = list(prompt)
             reason = "stop"
             for token in self._answer(prompt, sampling):
-                self._alive()
                 if _wait(stopped, self._script.delay_ms if produced else 0):
                     reason = "cancel"
                     break
@@ -170,6 +170,7 @@ class EchoSession:
                 first = last if produced == 0 else first
                 produced += 1
                 yield Delta(stream.push(bytes([token])), token, *_logprobs(token, sampling.top_logprobs))
+                self._check_turn(turn)
                 if stream.stopped:
                     break
                 if produced >= sampling.max_tokens or len(self._cached) >= self.context:
@@ -178,11 +179,18 @@ class EchoSession:
                 self._cached.append(token)
         yield Delta(stream.flush(), usage=_usage(prompt, reused, produced, (started, first, last), reason))
 
+    def _check_turn(self, turn: int) -> None:
+        """A stream may be read on only while nothing else has used the session."""
+        self._alive()
+        if turn != self._turn:
+            raise UsageError("this answer ended when the session was used for something else")
+
     def _answer(self, prompt: TokenIds, sampling: Sampling) -> bytes:
         return self._script.answer(_last_user_text(prompt), sampling.seed if sampling.temperature > 0 else 0).encode()
 
     def _reuse(self, tokens: TokenIds, most: int) -> int:
         """Length of the cached prefix of `tokens`, at most `most`; the rest of the cache is forgotten."""
+        self._turn += 1
         shared = 0
         while shared < min(len(self._cached), most) and self._cached[shared] == tokens[shared]:
             shared += 1
@@ -199,6 +207,7 @@ class EchoSession:
             raise UsageError(f"nothing to score: start {start} of {len(tokens)} tokens")
         if len(tokens) > self.context:
             raise ModelError(f"{len(tokens)} tokens to score; the context holds {self.context}")
+        self._reuse(tokens, start)
         return np.full((len(tokens) - start, VOCABULARY), LOGPROB, np.float32)
 
     # --- Adapters -----------------------------------------------------------
@@ -207,6 +216,7 @@ class EchoSession:
         self._alive()
         if adapters:
             raise ModelError(f"{adapters[0].path} is not an adapter for a script: the echo runtime takes none")
+        self._reuse([], 0)
 
 
 def _last_user_text(prompt: TokenIds) -> str:
