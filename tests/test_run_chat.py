@@ -19,12 +19,13 @@ from tiny_gguf import ANSWER, chain_of, write_random, write_scripted
 
 from edgeft.artifact import Manifest, write_manifest
 from edgeft.cli.main import main
-from edgeft.errors import ExitCode
+from edgeft.errors import ExitCode, ModelError
 from edgeft.history import History
 from edgeft.paths import history_file
 
 SCRIPT = {"script": {"joke": ["first joke", "second joke"], "greet": "Hello there."}}
-SLOW = {"default": "word " * 200, "delay_ms": 10}
+SLOW = {"default": "word " * 400, "delay_ms": 10}
+"""Twenty seconds, if nobody stops it."""
 
 
 @pytest.fixture(autouse=True)
@@ -212,11 +213,11 @@ def test_ctrl_c_is_heard_during_the_prompt(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_reader_that_leaves_ends_the_answer() -> None:
-    command = f"{sys.executable} -m edgeft run slow.echo.json hi | head -c 3"
+    command = f"{sys.executable} -m edgeft run slow.echo.json hi --max-tokens 9999 | head -c 3"
     begun = time.monotonic()
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
     assert (result.stdout, result.stderr) == ("wor", "")
-    assert time.monotonic() - begun < 9
+    assert time.monotonic() - begun < 15
 
 
 # --- A GGUF -------------------------------------------------------------------
@@ -368,6 +369,20 @@ def test_a_message_that_does_not_fit_is_not_left_in_the_way(chat: Chat) -> None:
     _, err = chat("x" * 500, "m.echo.json", "--context", "256", code=ExitCode.FAILED)
     assert "the context holds 256" in err
     assert chat("greet me", "--resume", "1")[0] == "Hello there.\n"
+
+
+def test_an_answer_that_fails_half_way_is_kept(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgeft.runtimes.echo import EchoSession
+
+    def breaks(self: EchoSession, turn: int) -> None:
+        if len(self._cached) > 20:
+            raise ModelError("the model has gone")
+
+    monkeypatch.setattr(EchoSession, "_check_turn", breaks)
+    _, err = chat("greet me", "m.echo.json", code=ExitCode.FAILED)
+    assert "the model has gone" in err
+    (_, (_, text, state)) = conversation(1)
+    assert state == "stopped" and text and "Hello there.".startswith(text)
 
 
 def test_answers_as_json_lines(chat: Chat) -> None:

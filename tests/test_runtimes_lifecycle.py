@@ -115,6 +115,16 @@ def test_two_sessions_do_not_touch_each_other(open_model: Open) -> None:
     assert answer(one) == before
 
 
+def test_going_back_and_forth_between_conversations_mixes_nothing(open_model: Open) -> None:
+    session, fresh = open_model(), open_model()
+    prompts = [session.tokenize("The same beginning, " + end) for end in ("and one end", "another end, longer", "")]
+    for turn in (0, 1, 0, 2, 1, 1, 0):
+        warm = list(session.generate(prompts[turn], SOME))
+        fresh.set_adapters([])  # forgets everything
+        cold = list(fresh.generate(prompts[turn], SOME))
+        assert [delta.token for delta in warm] == [delta.token for delta in cold]
+
+
 def test_other_seeds_give_other_answers(open_model: Open) -> None:
     session = open_model()
     if session.vocabulary == VOCABULARY:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -124,8 +124,10 @@ def _existing(path: str) -> Path:
     return Path(path)
 
 
-def stream(session: Session, prompt: TokenIds, how: Sampling) -> Iterator[Delta]:
+def stream(session: Session, prompt: TokenIds, how: Sampling) -> Generator[Delta, None, None]:
     """Generate; Ctrl-C ends the answer early, with the text so far and usage that says "cancel".
+
+    Close it before the session: leaving it early waits until the thread has let go of the model.
 
     The work is done in a thread: a signal handler cannot run while the main thread is inside llama.cpp, and a long
     prompt keeps it there for seconds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import click
 
-from edgeft.chat import Sampling, Usage
+from edgeft.chat import Sampling, TokenIds, Usage
 from edgeft.cli._generate import open_model, parse_adapter, run_options, sampling, settings, stream, system_prompt
 from edgeft.cli._output import json_option, note, print_json, print_table
 from edgeft.errors import EdgeftError, ExitCode, UsageError
@@ -204,29 +205,34 @@ class _Chat:
         note(_dim(f"saved to {path}"))
 
     def _answer(self) -> None:
-        """Answer the last message; whatever happens, what came so far is kept."""
-        session, conversation = self.opened.session, self.conversation
-        how = Sampling(**{**vars(self.sampling), "seed": self.sampling.seed + self.retries})
-        text, usage = "", None
+        """Answer the last message."""
+        conversation = self.conversation
+        how = dataclasses.replace(self.sampling, seed=self.sampling.seed + self.retries)
         try:
-            prompt = session.render(conversation.prompt())
-            conversation.begin_answer()
-            try:
-                for delta in stream(session, prompt, how):
-                    text, usage = text + delta.text, delta.usage
-                    if not self.as_json:
-                        click.echo(delta.text, nl=False)
-                    conversation.grow_answer(text)
-            finally:
-                conversation.end_answer(text, usage)
+            text, usage = self._generate(self.opened.session.render(conversation.prompt()), how)
         except EdgeftError:
             # Left in, a message that cannot be answered would stand before every later one.
-            if not text:
+            if conversation.messages[-1].role == "user" or not conversation.messages[-1].content:
                 conversation.withdraw("assistant")
                 conversation.withdraw("user")
             raise
-        assert usage is not None
         self._close_answer(text, usage)
+
+    def _generate(self, prompt: TokenIds, how: Sampling) -> tuple[str, Usage]:
+        """Stream an answer to stdout and into the conversation; whatever happens, what came so far is kept."""
+        text, usage = "", None
+        self.conversation.begin_answer()
+        try:
+            with contextlib.closing(stream(self.opened.session, prompt, how)) as answer:
+                for delta in answer:
+                    text, usage = text + delta.text, delta.usage
+                    if not self.as_json:
+                        click.echo(delta.text, nl=False)
+                    self.conversation.grow_answer(text)
+        finally:
+            self.conversation.end_answer(text, usage)
+        assert usage is not None
+        return text, usage
 
     def _close_answer(self, text: str, usage: Usage) -> None:
         if self.as_json:

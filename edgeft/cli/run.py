@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -68,10 +69,11 @@ def run(
     with opened.session as session:
         tokens = session.tokenize(text, special=True, bos=True) if raw else _chat_tokens(opened, system, text)
         deltas = []
-        for delta in stream(session, tokens, how):
-            deltas.append(delta)
-            if not as_json:
-                click.echo(delta.text, nl=False)
+        with contextlib.closing(stream(session, tokens, how)) as answer:
+            for delta in answer:
+                deltas.append(delta)
+                if not as_json:
+                    click.echo(delta.text, nl=False)
         return _finish(model, opened, deltas, as_json)
 
 
