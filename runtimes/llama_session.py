@@ -20,6 +20,7 @@ from .amx import crashes_on_amx
 from .cores import available_cores, physical_cores
 from .json_grammar import schema_to_grammar
 from .llama_api import Batch, Library, SamplerChainParams, Token, abort_function
+from .memory import available_bytes
 from .text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -104,7 +105,10 @@ class LlamaSession:
 
     def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> TokenIds:
         self._alive()
-        data = (unicodedata.normalize("NFC", text) if self._composes else text).encode()
+        try:
+            data = (unicodedata.normalize("NFC", text) if self._composes else text).encode()
+        except UnicodeEncodeError as error:  # halves of a surrogate pair: arguments and files that were not UTF-8
+            raise UsageError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
         room = (Token * (len(data) + 8))()
         count = self._lib.llama_tokenize(self._vocab, data, len(data), room, len(room), False, special)
         if count < 0:
@@ -367,6 +371,11 @@ def _make_context(library: Library, model: int, options: LoadOptions, path: Path
     params.n_batch = params.n_ubatch = options.batch
     params.n_threads = options.threads or physical_cores()
     params.n_threads_batch = options.threads_batch or available_cores()
+    try:
+        _check_memory(library, model, options.context or params.n_ctx, path)
+    except ModelError:
+        library.llama_model_free(model)
+        raise
     library.forget_errors()
     context = library.llama_init_from_model(model, params)
     if not context:
@@ -376,6 +385,18 @@ def _make_context(library: Library, model: int, options: LoadOptions, path: Path
             f"llama.cpp cannot make a context of {params.n_ctx} tokens for {path}: {said}", "Try a shorter --context."
         )
     return int(context)
+
+
+def _check_memory(library: Library, model: int, context: int, path: Path) -> None:
+    """Keys and values of every layer, two bytes each, must fit; what else a context takes is small beside them."""
+    layers, heads = library.llama_model_n_layer(model), library.llama_model_n_head(model)
+    width = library.llama_model_n_embd(model) * library.llama_model_n_head_kv(model) // max(heads, 1)
+    needed, available = 2 * 2 * layers * width * context, available_bytes()
+    if available is not None and needed > available:
+        raise ModelError(
+            f"a context of {context} tokens for {path} takes {needed / 1e9:.1f} GB; {available / 1e9:.1f} GB are free",
+            "Try a shorter --context.",
+        )
 
 
 def _scored_batch(tokens: TokenIds, position: int) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from edgeft.plugins import LoadOptions, Session
 
 ASK = [{"role": "user", "content": "hi"}]
 LONG = "the quick brown fox jumps over the lazy dog; " * 8
+
+REQUIRED = os.environ.get("EDGEFT_TEST_REQUIRE", "").split(",")
+"""Runtimes that must not be skipped. Read here: tests themselves see no EDGEFT_ variables."""
 
 Open = Callable[..., Session]
 
@@ -58,9 +62,9 @@ def open_model(request: pytest.FixtureRequest, files: dict[str, Path]) -> Iterat
         artifact = Artifact(files.get(f"{family} {kind}".strip(), files["echo"]))
         runtime = plugins.load("runtimes", request.param)
         support = runtime.supports(artifact)
-        if not support.ok and support.install:
+        if not support.ok and support.install and request.param not in REQUIRED:
             pytest.skip(support.reason)
-        assert support.ok
+        assert support.ok, support.reason
         opened.append(runtime.load(artifact, LoadOptions(**{"threads": 1, "threads_batch": 1, **options})))
         return opened[-1]
 

@@ -6,6 +6,7 @@ Both have a vocabulary of all bytes (token id = byte), four special tokens and o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -33,7 +34,7 @@ Chain = Mapping[int, Mapping[int, float]]
 def chain_of(text: str, *, start: str = "\n", end: int = IM_END, logit: float = 12.0) -> Chain:
     """After `start` comes `text`, then `end`."""
     tokens = [*start.encode()[-1:], *text.encode(), end]
-    return {token: {after: logit} for token, after in zip(tokens, tokens[1:], strict=False)}
+    return {token: {after: logit} for token, after in pairwise(tokens)}
 
 
 def write_scripted(path: Path, chain: Chain, *, template: str | None = TEMPLATE, add_bos: bool = False) -> Path:
@@ -49,6 +50,12 @@ def write_scripted(path: Path, chain: Chain, *, template: str | None = TEMPLATE,
             head[after, token] = logit / np.sqrt(width)
     tensors = {**zeros, **norms, "token_embd.weight": np.eye(VOCABULARY, width, dtype=np.float32)}
     return write_gguf(path, {**tensors, "output.weight": head}, template=template, add_bos=add_bos)
+
+
+def write_babbler(path: Path, **likely: float) -> Path:
+    """Says anything in ASCII, every byte as likely as any other, but for those given with another logit."""
+    successors = dict.fromkeys(range(128, 256), -60.0) | {ord(byte): logit for byte, logit in likely.items()}
+    return write_scripted(path, dict.fromkeys(range(VOCABULARY), successors))
 
 
 def write_random(path: Path, *, seed: int = 0, context: int = 2048, changes: Mapping[str, Array] | None = None) -> Path:
