@@ -117,7 +117,7 @@ def test_a_name_says_whether_characters_are_composed(model: Model) -> None:
 
 def test_a_normalization_that_llama_cpp_lacks_is_refused(model: Model) -> None:
     model.tokenizer(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]})
-    with pytest.raises(UnsupportedModel, match="changes text before it splits.*Lowercase"):
+    with pytest.raises(UnsupportedModel, match=r"changes text before it splits.*Lowercase"):
         model.read()
 
 
