@@ -7,6 +7,7 @@ processor faults (ggml-org/llama.cpp issue 20824, pull request 26954). Debian 12
 
 from __future__ import annotations
 
+import functools
 import mmap
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ _MENDED_IN = {11: 5, 12: 4, 13: 3}
 """GCC major -> the minor release that has the repair; older majors cannot compile ggml's AMX code."""
 
 
+@functools.cache  # searching a library of 106 MB takes a quarter of a second
 def crashes_on_amx(library: Path, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this processor has AMX and the ggml beside (or inside) `library` was compiled into that fault."""
     if not _has_amx(cpuinfo):
