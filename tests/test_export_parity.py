@@ -108,6 +108,9 @@ def test_merging_on_the_way_gives_what_merging_first_gives(
         assert differing / total < 0.01, f"{target}: {differing} of {total} blocks"
         changed = {name for name in parity.different_tensors(ours, theirs) if not name.startswith("blk.")}
         assert changed == set()
+        plain = reference.read_gguf(parity.export(base, target, tmp_path / f"plain-{target}.gguf"))
+        linear, all_ = parity.differing_blocks(ours, plain)
+        assert linear / all_ > 0.5, "the adapter must change most of what it reaches"
 
 
 # --- Where llama.cpp is wrong -------------------------------------------------
