@@ -130,8 +130,8 @@ def table(plain: list[Result], adapted: list[AdapterResult], command: str) -> st
         *(f"| {r.label} | {r.target} | {r.tensors} | {r.different} | {r.keys} | {r.unexplained} |" for r in plain),
         "",
         "With a rank-8 adapter on all linear layers and `--round bf16`, against PEFT merge (bfloat16), convert, "
-        "quantize: blocks of the adapted tensors that differ, because float32 sums in another order are rounded to "
-        "bfloat16.",
+        "quantize: blocks of the adapted tensors that differ. They can, where float32 sums in another order round to "
+        "another bfloat16.",
         "",
         "| model | target | blocks | different | share |",
         "|---|---|--:|--:|--:|",
