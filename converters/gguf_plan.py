@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -248,7 +249,7 @@ def _error(ggml: Ggml, kind: GgmlType, weights: NDArray[np.float32]) -> float:
     from gguf import GGMLQuantizationType, dequantize
 
     back = dequantize(ggml.quantize(kind, weights), GGMLQuantizationType(kind.id))
-    return float(((back - weights) ** 2).sum() / ((weights**2).sum() + 1e-30)) ** 0.5
+    return math.sqrt(((back - weights) ** 2).sum() / ((weights**2).sum() + 1e-30))
 
 
 def _group(source: MergedTensor | NDArray[np.float32], sizes: architectures.Sizes) -> int:
