@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from edgeft import plugins
-from edgeft.artifact import Artifact, open_artifact
+from edgeft.artifact import Artifact, manifest_path, open_artifact
 from edgeft.errors import MissingDependency, ModelError, PluginError, UsageError
 from edgeft.models import resolve
 from edgeft.plugins import LoadOptions, Runtime, Session, Support
@@ -48,11 +49,15 @@ def open_session(
 
 
 def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None = None) -> Artifact:
-    """The file behind a reference."""
-    if runtime == "echo" or reference.endswith(".echo.json"):
-        from pathlib import Path
+    """The file behind a reference; a folder counts when it has a manifest.
 
-        return Artifact(Path(reference))
+    Which files are models is for the runtimes to say: one that somebody else wrote may read what edgeft does not.
+    """
+    path = Path(reference).expanduser().absolute()
+    if path.is_file() or (path.is_dir() and manifest_path(path).is_file()):
+        return open_artifact(path)
+    if runtime == "echo":
+        return Artifact(path)
     found = resolve(reference, progress=progress)
     if found.kind != "gguf":
         raise UsageError(

@@ -164,6 +164,25 @@ def test_flag_over_environment_over_project_over_user_over_default(
     assert length("--max-tokens", "20") == 20
 
 
+def test_a_script_that_is_not_there_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "typo.echo.json", "hi"]) == ExitCode.USAGE
+    assert "no model 'typo.echo.json'" in capsys.readouterr().err
+
+
+def test_a_file_no_runtime_reads_says_what_each_one_thinks(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("notes.txt").write_text("nothing")
+    assert main(["run", "notes.txt", "hi"]) == ExitCode.FAILED
+    errors = capsys.readouterr().err
+    assert "no runtime can run" in errors and "notes.txt is not a GGUF file" in errors and "echo: " in errors
+
+
+def test_a_run_must_be_exported_first(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    assert main(["run", "model", "hi"]) == ExitCode.USAGE
+    assert "edgeft export model --to gguf-q4" in capsys.readouterr().err
+
+
 def test_every_run_setting_is_a_flag_of_both_commands(capsys: pytest.CaptureFixture[str]) -> None:
     from edgeft.config import SCHEMA
 
