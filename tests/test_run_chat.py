@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from tiny_gguf import ANSWER, chain_of, write_random, write_scripted
 
+from edgeft import plugins
 from edgeft.artifact import Manifest, write_manifest
 from edgeft.cli.main import main
 from edgeft.errors import ExitCode, ModelError
@@ -237,6 +238,22 @@ def test_a_reader_that_leaves_ends_the_answer() -> None:
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
     assert (result.stdout, result.stderr) == ("wor", "")
     assert time.monotonic() - begun < 15
+
+
+def test_the_runtime_of_the_guide_works_as_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from importlib.metadata import EntryPoint
+
+    guide = (Path(__file__).parent.parent / "docs" / "adding-a-runtime.md").read_text()
+    Path("edgeft_shout.py").write_text(guide.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(Path.cwd())
+    point = EntryPoint("shout", "edgeft_shout:runtime", "edgeft.runtimes")
+    monkeypatch.setattr(plugins, "_entry_points", lambda family: [point] if family == "runtimes" else [])
+    Path("m.shout").write_text("hello there\n")
+    assert main(["run", "m.shout", "hi"]) == ExitCode.OK
+    assert main(["chat", "m.shout", "--list"]) == ExitCode.OK
+    assert capsys.readouterr().out.startswith("HELLO THERE\n")
 
 
 # --- A GGUF -------------------------------------------------------------------
