@@ -19,6 +19,8 @@ NAME = "edgeft_documents"
 
 # Below this length two matrix products and a softmax beat torch's fused CPU kernel (measured with AMX: 4 x at 85).
 _SHORT = 256
+# Lengths are rounded up to this: each new shape of a matrix product costs oneDNN a compilation and memory.
+_ROUND = 16
 # Documents attend together when the shorter is at least this share of the longer.
 _SIMILAR = 0.75
 
@@ -28,7 +30,8 @@ class Documents:
     """Where the documents of a row begin and end, and which of them attend together.
 
     `groups` holds one (documents, longest) tensor of row positions per group; rows shorter than the longest are
-    filled with position 0. `inverse` (tokens,) puts the concatenated results of all groups back in row order.
+    filled with position 0. `inverse` (tokens,) puts the concatenated results of all groups back in row order; filling
+    at the end of the row belongs to no document and gets some other token's result.
     """
 
     groups: tuple[Tensor, ...]
@@ -36,16 +39,17 @@ class Documents:
     longest: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Documents:
+    def of(cls, lengths: Sequence[int], tokens: int | None = None) -> Documents:
+        """Documents of these lengths, in a row of `tokens` tokens (default: their sum)."""
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
         groups: list[Tensor] = []
-        inverse = torch.empty(starts[-1], dtype=torch.long)
+        inverse = torch.zeros(tokens or starts[-1], dtype=torch.long)
         offset = 0
         for members in _similar(order, lengths):
-            longest = lengths[members[0]]
+            longest = -(-lengths[members[0]] // _ROUND) * _ROUND
             positions = torch.zeros(len(members), longest, dtype=torch.long)
             for row, member in enumerate(members):
                 begin, length = starts[member], lengths[member]

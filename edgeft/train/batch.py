@@ -12,13 +12,17 @@ from edgeft.data.example import Encoded
 from edgeft.train.attention import Documents
 from edgeft.train.cross_entropy import summed_nll
 
+# Rows are filled up to a multiple of this, for the same reason as lengths in edgeft.train.attention: with rows of any
+# length the memory of a run grew by half.
+_ROUND = 64
+
 Batch = dict[str, Any]
 """`input_ids` and `position_ids` (1, tokens); `rows` (learned,): positions whose next token is learned; `targets`
 (learned,): those tokens; `documents`: see edgeft.train.attention."""
 
 
 def collate(examples: Sequence[Encoded]) -> Batch:
-    """Documents end to end in one row, positions counted from the start of each."""
+    """Documents end to end in one row, positions counted from the start of each; filling at the end of the row."""
     tokens: list[int] = []
     positions: list[int] = []
     rows: list[int] = []
@@ -31,12 +35,15 @@ def collate(examples: Sequence[Encoded]) -> Batch:
             if example.learned[place]:
                 rows.append(start + place - 1)
                 targets.append(example.tokens[place])
+    filling = -len(tokens) % _ROUND
+    tokens += [0] * filling
+    positions += [0] * filling
     return {
         "input_ids": torch.tensor([tokens]),
         "position_ids": torch.tensor([positions]),
         "rows": torch.tensor(rows, dtype=torch.long),
         "targets": torch.tensor(targets, dtype=torch.long),
-        "documents": Documents.of([len(example.tokens) for example in examples]),
+        "documents": Documents.of([len(example.tokens) for example in examples], len(tokens)),
     }
 
 

@@ -202,13 +202,12 @@ def _flops_per_token(config: TrainConfig, shape: Shape, recompute: bool, learned
 
 
 def _packs_per_step(config: TrainConfig, micro: int, tokens: int, reasons: dict[str, str]) -> int:
-    """Packs whose gradients make one step. Left open: 2048 tokens, fewer where the data is small."""
-    wanted = config.batch_tokens or 2048
+    """Packs whose gradients make one step. Left open: about a hundredth of the data, at most 8192 tokens."""
+    wanted = config.batch_tokens or min(8192, tokens // 100)
+    packs = max(1, round(wanted / micro))
     if not config.batch_tokens:
-        # A run of fewer than about 30 steps per epoch learns little from each pass.
-        wanted = min(wanted, max(micro, tokens // 30))
-        reasons["batch"] = f"about {max(1, round(wanted / micro)) * micro} tokens per step"
-    return max(1, round(wanted / micro))
+        reasons["batch"] = f"about {packs * micro} tokens per step: enough steps per epoch, and steady gradients"
+    return packs
 
 
 def _eval_every(plan: Schedule, train_s: float, valid_s: float) -> int:
