@@ -21,6 +21,7 @@ from . import gguf_types, safetensors_rows
 from .adapter import EMBEDDING, HEAD, Adapter, Change, check_fit, read_adapter
 from .ggml import TYPES, Ggml, GgmlType
 from .gguf_metadata import metadata, rope_parameters, stop_token_ids
+from .gguf_vocab import read_files
 from .gguf_writer import KeyValue, TensorInfo, data_size, head, uint32
 from .merge import MergedTensor, read_whole
 from .safetensors_rows import Reader, StoredTensor
@@ -276,20 +277,17 @@ def _metadata(
     warnings: list[str],
 ) -> list[KeyValue]:
     embedding = next(item for item in items if item.name == "token_embd.weight")
-    tokenizer, template = source.base, source.chat_template
-    if source.adapter is not None:
-        if embedding.rows != config["vocab_size"] and (source.adapter / "tokenizer.json").is_file():
-            tokenizer = source.adapter
-        own = source.adapter / "chat_template.jinja"
-        if template is None and own.is_file():
-            template = own.read_text(encoding="utf-8")
+    tokenizer = tokenizer_folder(source)
+    if tokenizer != source.base:
+        # generation_config.json stays with the base.
+        config = {**config, "eos_token_id": list(stop_ids(source))}
     pairs = metadata(
         source.base,
         config,
         tokenizer_dir=tokenizer,
         rows=embedding.rows,
         parameters=sum(item.weights for item in items),
-        chat_template=template,
+        chat_template=source.chat_template or _adapters_template(source.adapter),
         tokenizer_pre=options.extra.get("tokenizer_pre"),
         warn=warnings.append,
     )
@@ -298,6 +296,24 @@ def _metadata(
         uint32("general.quantization_version", QUANTIZATION_VERSION),
         uint32("general.file_type", file_type),
     ]
+
+
+def tokenizer_folder(source: Source) -> Path:
+    """The adapter's folder when its tokenizer has tokens the base's lacks, else the base."""
+    if source.adapter is None or not (source.adapter / "tokenizer.json").is_file():
+        return source.base
+    trained, known = read_files(source.adapter).added_ids, read_files(source.base).added_ids
+    return source.base if trained.items() <= known.items() else source.adapter
+
+
+def stop_ids(source: Source) -> tuple[int, ...]:
+    """Every id that ends an answer, of the tokenizer in use and of the base."""
+    return tuple(dict.fromkeys((*stop_token_ids(tokenizer_folder(source)), *stop_token_ids(source.base))))
+
+
+def _adapters_template(adapter: Path | None) -> str | None:
+    file = adapter / "chat_template.jinja" if adapter else None
+    return file.read_text(encoding="utf-8") if file and file.is_file() else None
 
 
 def _plan(
@@ -319,7 +335,7 @@ def _plan(
     details = Details(
         tuple(items),
         prefix,
-        stop_token_ids(source.base),
+        stop_ids(source),
         None if template is None else hashlib.sha256(template.encode()).hexdigest(),
     )
     return Plan(

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-
-from edgeft.artifact import manifest_path, read_manifest
-from edgeft.cli.main import main
 from edgeft.converters import gguf_types
 from edgeft.converters.ggml import TYPES, Ggml, ggml_library
 from edgeft.converters.gguf_types import Shape
+
+from edgeft.artifact import manifest_path, read_manifest
+from edgeft.cli.main import main
 from edgeft.errors import MissingDependency, ModelError
 from edgeft.run import Run, RunManifest
 
@@ -195,6 +195,29 @@ heavy = {{"torch", "transformers", "peft", "tokenizers", "llama_cpp", "xllamacpp
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tokens_that_an_adapter_added_come_with_its_tokenizer(base: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(tiny.TOKENS + 1, mean_resizing=False)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "adapter" / name).write_bytes((base / name).read_bytes())
+    file = tmp_path / "adapter" / "tokenizer.json"
+    document = json.loads(file.read_text())
+    document["added_tokens"].append({**document["added_tokens"][-1], "id": tiny.TOKENS, "content": "<tool>"})
+    file.write_text(json.dumps(document))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 259]}))
+    assert export(base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "x.gguf") == 0
+    manifest = read_manifest(tmp_path / "x.gguf")
+    assert manifest is not None
+    assert {258, 259} <= set(manifest.stop_token_ids)
+    assert metadata(tmp_path / "x.gguf", "tokenizer.ggml.tokens")[tiny.TOKENS] == "<tool>"
+    assert 259 in (metadata(tmp_path / "x.gguf", f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom"))
 
 
 # --- Type rules ---------------------------------------------------------------

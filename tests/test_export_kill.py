@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -47,3 +48,12 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(kills: int, base: Pa
     assert start(base, out).wait() == 0
     assert hashlib.sha256(out.read_bytes()).hexdigest() == expected
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_ctrl_c_stops_at_once_and_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    process = start(base, tmp_path / "x.gguf")
+    while process.poll() is None and not list(tmp_path.glob(".x.gguf.*.tmp")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert list(tmp_path.iterdir()) == []
