@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeft import plugins
 from edgeft.artifact import Artifact, manifest_path, open_artifact
-from edgeft.errors import MissingDependency, ModelError, PluginError, UsageError
+from edgeft.errors import EdgeftError, MissingDependency, ModelError, PluginError, UsageError
 from edgeft.models import resolve
 from edgeft.plugins import LoadOptions, Runtime, Session, Support
 from edgeft.progress import Progress
@@ -42,10 +44,12 @@ def open_session(
     artifact = find_artifact(reference, runtime, progress)
     name, reason = choose(artifact) if runtime == AUTO else (runtime, "asked for")
     plugin: Runtime = plugins.load("runtimes", name)
-    support = plugin.supports(artifact)
+    with _border(name):
+        support = plugin.supports(artifact)
     if not support.ok:
         raise _unsupported(name, support)
-    return Opened(plugin.load(artifact, options or LoadOptions()), artifact, name, reason)
+    with _border(name):
+        return Opened(plugin.load(artifact, options or LoadOptions()), artifact, name, reason)
 
 
 def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None = None) -> Artifact:
@@ -79,7 +83,9 @@ def choose(artifact: Artifact) -> tuple[str, str]:
     refusals: list[tuple[str, Support]] = []
     for name in plugins.names("runtimes"):
         try:
-            support = plugins.load("runtimes", name).supports(artifact)
+            plugin: Runtime = plugins.load("runtimes", name)
+            with _border(name):
+                support = plugin.supports(artifact)
         except (MissingDependency, PluginError) as error:
             support = Support(False, error.message, error.hint)
         if support.ok:
@@ -92,6 +98,19 @@ def choose(artifact: Artifact) -> tuple[str, str]:
     raise ModelError(
         f"no runtime can run {artifact.path}: " + "; ".join(f"{name}: {support.reason}" for name, support in refusals)
     )
+
+
+@contextlib.contextmanager
+def _border(name: str) -> Iterator[None]:
+    """Whatever a stranger's runtime raises becomes one typed message; faults of our own keep their traceback."""
+    try:
+        yield
+    except EdgeftError:
+        raise
+    except Exception as error:
+        if name in plugins.built_in_names("runtimes"):
+            raise
+        raise PluginError(f"the runtime {name!r} failed: {type(error).__name__}: {error}") from error
 
 
 def _unsupported(name: str, support: Support) -> MissingDependency | ModelError:

@@ -23,6 +23,7 @@ from edgeft.cli.main import main
 from edgeft.errors import ExitCode, ModelError
 from edgeft.history import History
 from edgeft.paths import history_file
+from edgeft.plugins import Support
 
 SCRIPT = {"script": {"joke": ["first joke", "second joke"], "greet": "Hello there."}}
 SLOW = {"default": "word " * 400, "delay_ms": 10}
@@ -254,6 +255,47 @@ def test_the_runtime_of_the_guide_works_as_printed(
     assert main(["run", "m.shout", "hi"]) == ExitCode.OK
     assert main(["chat", "m.shout", "--list"]) == ExitCode.OK
     assert capsys.readouterr().out.startswith("HELLO THERE\n")
+
+
+class Broken:
+    """A stranger's runtime that fails where it is told to."""
+
+    name = "broken"
+
+    def __init__(self, *where: str) -> None:
+        self.where = where
+
+    def supports(self, artifact: object) -> Support:
+        if "supports" in self.where:
+            raise OSError("libbroken.so is gone")
+        return Support(True)
+
+    def load(self, artifact: object, options: object) -> None:
+        raise ValueError("bad magic")
+
+
+@pytest.mark.parametrize(
+    ("where", "flags", "message"),
+    [
+        (["supports"], [], "broken: the runtime 'broken' failed: OSError: libbroken.so is gone"),
+        (["supports"], ["--runtime", "broken"], "the runtime 'broken' failed: OSError: libbroken.so is gone"),
+        (["load"], [], "the runtime 'broken' failed: ValueError: bad magic"),
+    ],
+)
+def test_a_strangers_runtime_that_breaks_is_one_message(
+    where: list[str],
+    flags: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from types import SimpleNamespace
+
+    point = SimpleNamespace(name="broken", value="broken:runtime", load=lambda: Broken(*where))
+    monkeypatch.setattr(plugins, "_entry_points", lambda family: [point] if family == "runtimes" else [])
+    Path("m.bin").write_text("")
+    assert main(["run", "m.bin", "hi", *flags]) == ExitCode.FAILED
+    assert message in capsys.readouterr().err
 
 
 # --- A GGUF -------------------------------------------------------------------
