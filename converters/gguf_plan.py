@@ -308,7 +308,8 @@ def tokenizer_folder(source: Source) -> Path:
 
 def stop_ids(source: Source) -> tuple[int, ...]:
     """Every id that ends an answer, of the tokenizer in use and of the base."""
-    return tuple(dict.fromkeys((*stop_token_ids(tokenizer_folder(source)), *stop_token_ids(source.base))))
+    folders = dict.fromkeys((tokenizer_folder(source), source.base))
+    return tuple(dict.fromkeys(id_ for folder in folders for id_ in stop_token_ids(folder)))
 
 
 def _adapters_template(adapter: Path | None) -> str | None:
