@@ -603,3 +603,16 @@ def test_run_without_a_prompt_on_a_terminal_does_not_wait(terminal: Callable[...
     screen = terminal("run", "m.echo.json")
     screen.wait_for("error: there is no prompt")
     assert screen.process.wait(timeout=20) == ExitCode.USAGE
+
+
+# --- The real model -----------------------------------------------------------
+
+
+@pytest.mark.model
+def test_a_second_turn_on_the_real_model_reads_only_what_is_new(smollm2_gguf: Path, chat: Chat) -> None:
+    arguments = [str(smollm2_gguf), "--json", "--max-tokens", "8", "--threads", "1", "--threads-batch", "1"]
+    first, second = chat("What is the capital of France?\nAnd of Italy?\n", *arguments)[0].splitlines()
+    before, after = json.loads(first), json.loads(second)
+    assert before["text"] and after["text"]
+    usage = before["usage"]
+    assert after["usage"]["reused_tokens"] >= usage["prompt_tokens"] + usage["completion_tokens"] - 1
