@@ -184,7 +184,7 @@ def _train(run: Run, ready: Prepared, progress: Progress) -> Outcome:
     recorder, folder = Recorder(run), run.path / "checkpoints"
     session = Session(config, ready.plan, ready.schedule, ready.train, ready.valid, folder, recorder, progress)
     progress.start("load the model", None)
-    trainer = _trainer(ready, session)
+    trainer = _trainer(config, ready.base.path, ready.hardware, session)
     _run_steps(trainer, session, run)
     if session.state.best_step is not None:
         trainer.load_weights(folder / "best")
@@ -197,18 +197,32 @@ def _train(run: Run, ready: Prepared, progress: Progress) -> Outcome:
     return Outcome(run, manifest, ready.schedule.steps, session.state.tokens, session.state.elapsed_s)
 
 
-def _trainer(ready: Prepared, session: Session) -> PackedTrainer:
+def trainer_for(config: TrainConfig, base: Path, examples: Sequence[Encoded]) -> PackedTrainer:
+    """A trainer for encoded examples that writes below `config.out`, as `train` sets one up; for benchmarks."""
+    from edgeft.train.hardware import detect, keep_freed_memory
+    from edgeft.train.plan import make_plan, read_shape
+    from edgeft.train.recorder import Recorder
+    from edgeft.train.trainer import Session
+
+    keep_freed_memory()
+    hardware = detect(config.device, config.dtype)
+    plan, schedule = make_plan(config, read_shape(base), hardware, examples, [])
+    run = Run(config.out)
+    session = Session(config, plan, schedule, examples, [], run.path / "checkpoints", Recorder(run), Silent())
+    return _trainer(config, base, hardware, session)
+
+
+def _trainer(config: TrainConfig, base: Path, hardware: Hardware, session: Session) -> PackedTrainer:
     transformers = require("transformers", "train")
     from edgeft.train import fused
     from edgeft.train.loading import add_adapter, load_base
     from edgeft.train.trainer import PackedTrainer
 
-    config = ready.config
     transformers.set_seed(config.seed)
-    model = load_base(ready.base.path, config, ready.hardware)
+    model = load_base(base, config, hardware)
     if config.method != "full":
-        model = add_adapter(model, config, ready.base.path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ready.base.path, local_files_only=True)
+        model = add_adapter(model, config, base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, local_files_only=True)
     trainer = PackedTrainer(model, tokenizer, session)
     if config.method != "full":
         fused.install(trainer.model)
