@@ -41,7 +41,7 @@ from edgeft.data.smart_home.vocabulary import (
 from edgeft.paths import write_json, write_text
 
 SEED = 20240711
-SIZES: Mapping[Split, int] = {"train": 1700, "valid": 150, "test": 200}
+SIZES: Mapping[Split, int] = {"train": 1900, "valid": 150, "test": 200}
 NAME, LICENCE = "smart-home", "Apache-2.0"
 
 T = TypeVar("T")
@@ -73,6 +73,8 @@ class Command:
     call: Call
     template: str
     """Intent and the sentence before its slots were filled."""
+    core: str
+    """The text without politeness."""
 
 
 class Dice:
@@ -155,7 +157,7 @@ def moment(split: Split, dice: Dice) -> tuple[str, str]:
     """A time phrase: 24-hour clock, spoken clock, or from now."""
     if dice.chance(0.35):
         return _from_now(split, dice)
-    if dice.chance(0.08):
+    if dice.chance(0.12):
         name = dice.pick(("noon", "midnight", "sunset", "sunrise"))
         return f"at {name}", {"noon": "12:00", "midnight": "00:00"}.get(name, name)
     minute = _minute(split, dice)
@@ -288,19 +290,19 @@ class Intent:
 
 
 INTENTS: Mapping[str, Intent] = {
-    "switch": Intent(0.15, _switch, timed=True),
-    "act": Intent(0.17, _act, timed=True),
+    "switch": Intent(0.13, _switch, timed=True),
+    "act": Intent(0.15, _act, timed=True),
     "level": Intent(0.14, _set(_SETTABLE), timed=True),
     "dim": Intent(0.05, _set(("light",)), timed=True),
     "volume": Intent(0.04, _set(("speaker",)), timed=True),
     "change": Intent(0.08, _change, timed=True),
     "colour": Intent(0.05, _set(("light",), {"light": colour}), timed=True),
     "timer": Intent(0.05, _set(("timer",), {"timer": duration})),
-    "everywhere": Intent(0.03, _everywhere, timed=True),
+    "everywhere": Intent(0.05, _everywhere, timed=True),
     "keep": Intent(0.04, _switch),
     "not-but": Intent(0.04, _switch),
     "not-on-but-level": Intent(0.03, _set(("light", "fan", "blinds", "heating"))),
-    "not-value": Intent(0.03, _set(_SETTABLE)),
+    "not-value": Intent(0.05, _set(_SETTABLE)),
     "not-room": Intent(0.03, _switch),
     "unsupported": Intent(0.07, lambda split, dice: Slots(UNSUPPORTED, {"q": dice.pick(refusals.REQUESTS[split])})),
 }
@@ -316,20 +318,22 @@ def make_command(name: str, split: Split, dice: Dice) -> Command | None:
     slots = INTENTS[name].make(split, dice)
     if name == "unsupported":
         frame = dice.pick(refusals.FRAMES[split])
-        return Command(_style(frame.format(**slots.words), dice), slots.call, f"{name}: {frame}")
+        text = frame.format(**slots.words)
+        return Command(_style(text, dice), slots.call, f"{name}: {frame}", core=text)
     template = dice.pick(TEMPLATES[name][split])
     placed = _place(slots, template, split, dice)
     if placed is None:
         return None
     call = placed.call
     text = _agree(template.format(**placed.words), placed.words["d"])
-    if INTENTS[name].timed and dice.chance(0.35):
+    if INTENTS[name].timed and dice.chance(0.38):
         said, time = moment(split, dice)
         call = replace(call, time=time)
         text = f"{said}, {text}" if dice.chance(0.3) else f"{text} {said}"
     if split != "train" and not _is_novel(call):
         return None
-    return Command(_style(_polite(text, template, call, split, dice), dice), call, f"{name}: {template}")
+    polite = _polite(text, template, call, split, dice)
+    return Command(_style(polite, dice), call, f"{name}: {template}", core=text)
 
 
 def _place(slots: Slots, template: str, split: Split, dice: Dice) -> Slots | None:
@@ -388,16 +392,19 @@ def _style(text: str, dice: Dice) -> str:
 
 
 def commands(split: Split) -> Iterator[Command]:
-    """A split's commands in their final order; no text occurs twice."""
+    """A split's commands in their final order; no sentence occurs twice."""
     dice = Dice(f"{SEED}/{split}")
     seen: set[str] = set()
     made: list[Command] = []
+    total = 0.0
     for name, intent in INTENTS.items():
-        wanted = round(intent.share * SIZES[split])
+        total += intent.share
+        # Rounding the running total makes the parts add up.
+        wanted = round(total * SIZES[split]) - len(made)
         while wanted:
             command = make_command(name, split, dice)
-            if command is not None and command.text.lower() not in seen:
-                seen.add(command.text.lower())
+            if command is not None and command.core not in seen:
+                seen.add(command.core)
                 made.append(command)
                 wanted -= 1
     return iter(sorted(made, key=lambda command: sha256(f"{SEED}/{command.text}".encode()).digest()))

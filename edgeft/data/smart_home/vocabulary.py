@@ -16,13 +16,24 @@ PerSplit = Mapping[Split, tuple[str, ...]]
 
 SYSTEM = "Turn the smart-home command into one JSON call."
 
+# Many, so that a room is copied rather than chosen from a list.
 ROOMS: PerSplit = {
     "train": (
         "kitchen", "living room", "bedroom", "bathroom", "office", "hallway", "garage", "attic", "basement",
-        "dining room", "nursery", "study", "laundry room", "conservatory", "workshop", "porch",
+        "dining room",
+        "nursery", "study", "laundry room", "conservatory", "workshop", "porch", "garden", "terrace", "den", "loft",
+        "lounge", "closet", "gym", "sunroom", "playroom", "utility room", "music room", "master bedroom", "game room",
+        "storage room", "shed", "greenhouse", "entrance", "stairway", "lobby", "corridor", "cloakroom", "sauna",
+        "studio",
+        "barn", "patio", "veranda", "mudroom", "kids room", "dressing room", "reading room", "spare room", "foyer",
     ),
-    "valid": ("pantry", "kitchen", "living room", "bedroom", "bathroom", "office", "hallway", "attic", "study"),
-    "test": ("guest room", "library", "kitchen", "living room", "bedroom", "bathroom", "office", "nursery", "garage"),
+    "valid": (
+        "pantry", "cellar", "kitchen", "living room", "bedroom", "bathroom", "office", "hallway", "attic", "study",
+    ),
+    "test": (
+        "guest room", "library", "balcony", "kitchen", "living room", "bedroom", "bathroom", "office", "nursery",
+        "garage",
+    ),
 }  # fmt: skip
 
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -51,16 +62,17 @@ COLOURS: PerSplit = {
     "test": ("turquoise", "gold"),
 }
 
+# Of each kind others, so that a number word held out here is taught there.
 HELD_OUT: Mapping[str, Mapping[Split, tuple[int, ...]]] = {
     "percent": {"valid": (14, 27, 32, 48, 59, 66, 73, 81, 97), "test": (12, 17, 23, 34, 46, 53, 62, 64, 71, 85, 90)},
-    "celsius": {"valid": (15, 28), "test": (17, 23, 26)},
+    "celsius": {"valid": (15, 28), "test": (18, 23, 26)},
     "fahrenheit": {"valid": (61, 72), "test": (57, 63, 68, 74)},
     "oven-celsius": {"valid": (155, 205), "test": (165, 180, 215, 235)},
     "oven-fahrenheit": {"valid": (340,), "test": (325, 365, 410)},
     "degrees": {"valid": (6,), "test": (4, 7)},
-    "minutes": {"valid": (14, 28, 36, 50), "test": (11, 17, 25, 35, 42, 55)},
+    "minutes": {"valid": (13, 28, 36, 50), "test": (11, 16, 25, 35, 42, 55)},
     "hours": {"valid": (7,), "test": (5, 9)},
-    "clock-minute": {"valid": (8, 33, 50), "test": (17, 25, 35, 42, 55)},
+    "clock-minute": {"valid": (8, 33, 50), "test": (19, 25, 35, 42, 55)},
 }
 RANGES: Mapping[str, range] = {
     "percent": range(1, 101),
@@ -156,7 +168,8 @@ TEMPLATES: Mapping[str, PerSplit] = {
         ),
         "valid": ("bring the brightness of the {d}{w} to {v}", "soften the {r} {d} to {v}"),
         "test": (
-            "change the brightness of the {r} {d} to {v}", "dim down the {d}{w} to {v}", "{r} {d} brightness at {v}",
+            "change the brightness of the {r} {d} to {v}", "let the brightness of the {d}{w} be {v}",
+            "{r} {d} brightness at {v}",
         ),
     },
     "volume": {
@@ -206,7 +219,8 @@ TEMPLATES: Mapping[str, PerSplit] = {
         "train": (
             "turn {o} all the {d}", "turn all the {d} {o}", "all {d} {o}", "switch {o} every {d}", "every {d} {o}",
             "turn {o} the {d} everywhere", "{d} {o} everywhere", "switch the {d} {o} in all rooms",
-            "turn {o} the {d} in every room", "{d} {o} in the whole house", "i want all the {d} {o}",
+            "turn {o} the {d} in every room", "{d} {o} in the whole house", "switch {o} the {d} in the whole house",
+            "put all the {d} {o}, please", "set every {d} to {o}", "i want all the {d} {o}",
         ),
         "valid": ("put all the {d} {o}", "the {d} {o} in the entire house"),
         "test": ("i'd like all the {d} {o}", "switch all the {d} {o}", "turn {o} the {d} in the whole house"),
