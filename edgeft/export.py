@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,19 +82,17 @@ def export(prepared: Export, progress: Progress) -> Artifact:
     """
     origin = prepared.origin
     base = origin.source.base
-    with ThreadPoolExecutor(1) as background:
-        hashing = background.submit(weights_digest, base)
-        if origin.base_digest is not None and hashing.result() != origin.base_digest:
-            raise ModelError(
-                f"{base} has changed since {origin.run.path if origin.run else 'the run'} was trained on it",
-                "The adapter belongs to the old weights: restore them or train again.",
-            )
-        artifact = prepared.converter.convert(prepared.plan, progress)
-        digest = hashing.result()
+    if origin.base_digest is not None and weights_digest(base) != origin.base_digest:
+        raise ModelError(
+            f"{base} has changed since {origin.run.path if origin.run else 'the run'} was trained on it",
+            "The adapter belongs to the old weights: restore them or train again.",
+        )
+    artifact = prepared.converter.convert(prepared.plan, progress)
     assert artifact.manifest is not None
     manifest = dataclasses.replace(
         artifact.manifest,
-        base={**artifact.manifest.base, "reference": origin.source.reference, "digest": digest},
+        # Without a run there is nothing to compare with, and hashing would read the whole base a second time.
+        base={**artifact.manifest.base, "reference": origin.source.reference, "digest": origin.base_digest},
         run=str(origin.run.path) if origin.run else None,
         system=origin.run.manifest().data.get("system") if origin.run else None,
         licence=origin.licence,
