@@ -128,7 +128,7 @@ def build_model(folder: Path, tokenizer: str, tokenizer_dir: Path, shape: Shape,
             parameter.copy_(0.1 * torch.randn(parameter.shape) ** 3)
     model.save_pretrained(folder)
     for file in tokenizer_dir.iterdir():
-        if file.name.startswith(("tokenizer", "chat_template", "edgeft", "special_tokens")):
+        if file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
             shutil.copy(file, folder)
     return folder
 
