@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 from . import gguf_architectures as architectures
 from . import gguf_types, safetensors_rows
 from .adapter import EMBEDDING, HEAD, Adapter, Change, check_fit, read_adapter
-from .ggml import TYPES, Ggml, GgmlType
+from .ggml import Ggml, GgmlType
 from .gguf_metadata import metadata, rope_parameters, stop_token_ids
 from .gguf_vocab import read_files
 from .gguf_writer import KeyValue, TensorInfo, data_size, head, uint32
@@ -208,7 +207,7 @@ def _items(
         sources["rope_freqs.weight"] = factors
     names = sorted(sources, key=gguf_types.order)
     shapes = [gguf_types.Shape(name, sources[name].shape) for name in names]
-    name = best_mixture(shapes, tensors, ggml) if mixture == "best" else mixture
+    name = gguf_types.best_mixture(shapes) if mixture == "best" else mixture
     wide = sizes.layers == 80 and (family.name == "qwen2" or (family.name == "llama" and sizes.heads != sizes.kv_heads))
     choices = gguf_types.assign(name, shapes, sizes.layers, wide_values=wide)
     items = [
@@ -216,41 +215,6 @@ def _items(
         for shape, choice in zip(shapes, choices, strict=True)
     ]
     return items, name
-
-
-_SAMPLED_TENSORS = 8
-_SAMPLED_ROWS = 32
-
-
-def best_mixture(shapes: Sequence[gguf_types.Shape], tensors: Mapping[str, MergedTensor], ggml: Ggml) -> str:
-    """Q4_K_M where it fits; else the better of two mixtures with blocks of 32, by their error on a few merged rows.
-
-    Shapes alone do not tell them apart: weights that once were in a Q4_1 file still lie near its grid.
-    """
-    if gguf_types.fits_k_quants(shapes):
-        return "Q4_K_M"
-    names = [shape.name for shape in shapes if shape.name.startswith("blk.") and gguf_types.quantizable(shape)]
-    chosen = names[:: max(1, len(names) // _SAMPLED_TENSORS)]
-    with Reader() as reader:
-        samples = [_sample(tensors[name], reader, ggml) for name in chosen if tensors[name].shape[-1] % 32 == 0]
-    if not samples:
-        return "Q4_K_M"
-    errors = {kind: sum(_error(ggml, TYPES[kind], sample) for sample in samples) for kind in gguf_types.BLOCKS_OF_32}
-    return gguf_types.better_in_blocks_of_32(errors)
-
-
-def _sample(tensor: MergedTensor, reader: Reader, ggml: Ggml) -> NDArray[np.float32]:
-    rows = tensor.shape[0]
-    group = rows if tensor.order is not None else min(rows, _SAMPLED_ROWS)
-    return tensor.load(reader, ggml).rows(0, group)[:_SAMPLED_ROWS].copy()
-
-
-def _error(ggml: Ggml, kind: GgmlType, weights: NDArray[np.float32]) -> float:
-    """Squared error relative to the weights' own square, after quantizing and back."""
-    from gguf import GGMLQuantizationType, dequantize
-
-    back = dequantize(ggml.quantize(kind, weights), GGMLQuantizationType(kind.id))
-    return math.sqrt(((back - weights) ** 2).sum() / ((weights**2).sum() + 1e-30))
 
 
 def _group(source: MergedTensor | NDArray[np.float32], sizes: architectures.Sizes) -> int:

@@ -476,7 +476,7 @@ def test_q4_of_narrow_rows_is_smaller_than_q4_k_m(
     assert "IQ4_NL" in types_in(tmp_path / "gguf-q4.gguf")
 
 
-def test_q4_keeps_to_the_grid_of_weights_that_were_in_a_q4_1_file(base: Path, tmp_path: Path) -> None:
+def test_q4_stays_off_the_grid_of_weights_that_were_in_a_q4_1_file(base: Path, tmp_path: Path) -> None:
     import torch
     from gguf import GGMLQuantizationType, dequantize, quantize
     from safetensors.torch import load_file, save_file
@@ -488,4 +488,5 @@ def test_q4_keeps_to_the_grid_of_weights_that_were_in_a_q4_1_file(base: Path, tm
             tensors[name] = torch.from_numpy(dequantize(quantize(value.float().numpy(), q4_1), q4_1)).bfloat16()
     save_file(tensors, base / "model.safetensors")
     assert export(base, "--out", tmp_path / "x.gguf") == 0
-    assert types_in(tmp_path / "x.gguf") == {"F32", "Q4_1", "Q8_0"}
+    # On that grid a small merged delta would be rounded away.
+    assert "Q4_1" not in types_in(tmp_path / "x.gguf")
