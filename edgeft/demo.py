@@ -52,7 +52,9 @@ def stages(folder: Path) -> list[Stage]:
     train = ("train", "--resume", run) if resume else ("train", "--model", BASE, "--data", DATA, "--out", run)
     return [
         Stage("pull", "Fetch the base model", ("models", "pull", BASE)),
-        Stage("before", "Ask the base model, before training", ("eval", BASE, "--data", DATA)),
+        Stage(
+            "before", "Ask the base model, before training", ("eval", BASE, "--data", DATA, "--metrics", "exact-match")
+        ),
         Stage("train", "Fine-tune it with QLoRA", train),
         Stage(
             "export",

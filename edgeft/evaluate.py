@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeft.chat import Sampling, Usage
+from edgeft.chat import Cancel, Sampling, Usage
 from edgeft.data.encode import encode_all
 from edgeft.data.example import Example
 from edgeft.errors import DataError
@@ -42,8 +42,14 @@ class Prediction:
         return {**asdict(self), "usage": self.usage.as_dict()}
 
 
-def predict(session: Session, examples: Sequence[Example], progress: Progress | None = None) -> Iterator[Prediction]:
+def predict(
+    session: Session, examples: Sequence[Example], progress: Progress | None = None, *, whole: bool = True
+) -> Iterator[Prediction]:
     """Answer every conversation greedily, as a device would; references decide how long an answer may get.
+
+    Args:
+        whole: False ends an answer as soon as it cannot match any more, which is all that exact match needs: a model
+            that has not learned the task is judged by its first token instead of by its longest ramblings.
 
     Raises:
         DataError: when no example is a conversation.
@@ -60,7 +66,7 @@ def predict(session: Session, examples: Sequence[Example], progress: Progress | 
     right = 0
     try:
         for number, (index, example) in enumerate(chats, 1):
-            prediction = _predict(session, index, example, sampling)
+            prediction = _predict(session, index, example, sampling, whole)
             right += prediction.exact
             progress.advance(1, f"{right}/{number} right")
             yield prediction
@@ -68,16 +74,25 @@ def predict(session: Session, examples: Sequence[Example], progress: Progress | 
         progress.finish()
 
 
-def _predict(session: Session, index: int, example: Example, sampling: Sampling) -> Prediction:
+def _predict(session: Session, index: int, example: Example, sampling: Sampling, whole: bool) -> Prediction:
     prompt = session.render(example.messages[:-1], list(example.tools) or None)
-    text, usage = "", None
-    for delta in session.generate(prompt, sampling):
+    expected = _reference(example).strip()
+    text, usage, cancel = "", None, Cancel()
+    for delta in session.generate(prompt, sampling, cancel):
         text += delta.text
         usage = delta.usage or usage
+        if not whole and not _may_match(expected, text):
+            cancel.set()
     assert usage is not None
-    expected, answer = _reference(example).strip(), text.strip()
+    answer = text.strip()
     asked = str(example.messages[-2].get("content") or "") if len(example.messages) > 1 else ""
     return Prediction(index, asked, expected, answer, answer == expected, json_match(expected, answer), usage)
+
+
+def _may_match(expected: str, text: str) -> bool:
+    """Whether an answer that begins with `text` can still equal `expected`, spaces around it aside."""
+    seen = text.lstrip()
+    return expected.startswith(seen) or seen.rstrip() == expected
 
 
 def _reference(example: Example) -> str:
@@ -121,10 +136,11 @@ def evaluate_file(
     """
     started = time.monotonic()
     answering = {"exact-match", "speed"} & set(metrics)
-    predictions = list(predict(session, examples, progress)) if answering else []
+    whole = "speed" in metrics
+    predictions = list(predict(session, examples, progress, whole=whole)) if answering else []
     figures: dict[str, Any] = {
         "exact_match": _share([p.exact for p in predictions]) if "exact-match" in metrics else None,
-        "json_match": _share([p.json_match for p in predictions]) if "exact-match" in metrics else None,
+        "json_match": _share([p.json_match for p in predictions]) if "exact-match" in metrics and whole else None,
         "nll": reference_nll(session, artifact, examples) if "nll" in metrics else None,
         **(speed([p.usage for p in predictions]) if "speed" in metrics else {}),
         "examples": len(examples),
