@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeft.errors import MissingDependency, ModelError
+from edgeft.openmp import short_spins
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +101,9 @@ class Ggml:
         """Raises: MissingDependency when the library cannot be loaded or is not the ggml this code knows."""
         self.path = path
         try:
-            self._library = ctypes.CDLL(str(path))
+            # The same library may chat later in this process, and only its first loading decides.
+            with short_spins():
+                self._library = ctypes.CDLL(str(path))
         except OSError as error:
             raise MissingDependency(f"{path} cannot be loaded: {error}", _REINSTALL) from error
         self._declare()

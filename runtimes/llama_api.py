@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from edgeft.errors import PluginError
+from edgeft.openmp import short_spins
 
 Token = c_int32
 
@@ -187,7 +188,8 @@ def open_library(path: Path) -> Library:
 
 def _open(path: Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(path))
+        with short_spins():
+            return ctypes.CDLL(str(path))
     except OSError as error:
         raise PluginError(f"llama.cpp at {path} cannot be loaded: {error}") from error
 
