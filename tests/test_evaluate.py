@@ -9,6 +9,7 @@ from test_verify import write_base
 
 from edgeft.cli.main import main
 from edgeft.data.example import Example
+from edgeft.data.load import load_split
 from edgeft.errors import DataError
 from edgeft.evaluate import evaluate_file, json_match, predict
 from edgeft.sessions import open_session
@@ -95,6 +96,17 @@ def test_limit_and_metrics(data: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert (result["examples"], result["exact_match"], result["nll"]) == (1, 1.0, None)
     assert "ttft_ms" not in result
     assert main(["eval", model, "--data", str(data), "--metrics", "beauty"]) == 2
+
+
+def test_exact_match_alone_ends_an_answer_once_it_cannot_match(data: Path, tmp_path: Path) -> None:
+    model = script(
+        tmp_path, kitchen=f" {ANSWERS['kitchen']}\n", attic='{"room":"cellar"} and so on and so on', hall="yes"
+    )
+    with open_session(model, "echo").session as session:
+        predictions = list(predict(session, load_split(data, "test"), whole=False))
+    assert [p.exact for p in predictions] == [True, False, False]
+    # Given up at the c of cellar: one more token may be on its way when the switch is thrown.
+    assert predictions[1].answer.startswith('{"room":"c') and len(predictions[1].answer) <= len('{"room":"c') + 1
 
 
 def test_an_answer_without_end_is_cut_at_twice_the_longest_reference(data: Path, tmp_path: Path) -> None:
