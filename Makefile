@@ -61,7 +61,7 @@ parity: dev ## every tensor against llama.cpp's own converter and quantizer
 
 kill: dev ## twenty kills of training and of export
 	$(BIN)/python benchmarks/kill_train.py
-	$(BIN)/python benchmarks/kill_export.py
+	$(BIN)/pytest tests/test_export_kill.py
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
