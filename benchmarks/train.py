@@ -112,6 +112,9 @@ def data(what: str, examples: int) -> tuple[Path, list[Any], list[Any]]:
 
 
 def edgeft_worker(what: str, examples: int) -> dict[str, Any]:
+    from edgeft.train.hardware import share_cores
+
+    share_cores()
     idle = start()
     from edgeft.train import memory, workflow
     from edgeft.train.config import TrainConfig

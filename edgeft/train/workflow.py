@@ -80,7 +80,9 @@ def prepare(config: TrainConfig, progress: Progress | None = None) -> Prepared:
     for module in (*_MODULES, *(("bitsandbytes",) if config.method == "qlora" else ())):
         if importlib.util.find_spec(module) is None:
             raise MissingDependency(f"{module} is not installed", "pip install 'edgeft[train]'")
-    from edgeft.train.hardware import detect, keep_freed_memory
+    from edgeft.train.hardware import detect, keep_freed_memory, share_cores
+
+    share_cores()
     from edgeft.train.plan import make_plan, read_shape
 
     base = resolve(config.model, want="hf", progress=progress)
