@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -76,11 +77,15 @@ def without_bars() -> Iterator[None]:
     """Without the bars of transformers: edgeft shows its own progress."""
     require("torch", "train")
     logging = require("transformers.utils.logging", "train")
-    shown = logging.is_progress_bar_enabled()
+    reader = require("transformers.modeling_gguf_pytorch_utils", "train")
+    shown, bar = logging.is_progress_bar_enabled(), reader.tqdm
     logging.disable_progress_bar()
+    # The GGUF reader does not go through the switch above.
+    reader.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
+        reader.tqdm = bar
         if shown:
             logging.enable_progress_bar()
 
