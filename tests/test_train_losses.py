@@ -64,7 +64,8 @@ def test_hidden_states_of_packed_documents_equal_those_of_separate_ones(tmp_path
     apart = [
         model.base_model(input_ids=torch.tensor([e.tokens]), use_cache=False).last_hidden_state[0] for e in documents
     ]
-    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-6)
+    expected = torch.cat(apart)
+    torch.testing.assert_close(together[: len(expected)], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_another_document_in_the_pack_changes_nothing(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ NAME = "edgeft_documents"
 
 # Below this length two matrix products and a softmax beat torch's fused CPU kernel (measured with AMX: 4 x at 85).
 _SHORT = 256
-# Lengths are rounded up to this: each new shape of a matrix product costs oneDNN a compilation and memory.
-_ROUND = 16
+# Lengths and numbers of documents are rounded up to these: each new shape of a matrix product costs oneDNN a
+# compilation and memory.
+_ROUND, _ROUND_COUNT = 16, 4
 # Documents attend together when the shorter is at least this share of the longer.
 _SIMILAR = 0.75
 
@@ -50,7 +51,7 @@ class Documents:
         offset = 0
         for members in _similar(order, lengths):
             longest = -(-lengths[members[0]] // _ROUND) * _ROUND
-            positions = torch.zeros(len(members), longest, dtype=torch.long)
+            positions = torch.zeros(-(-len(members) // _ROUND_COUNT) * _ROUND_COUNT, longest, dtype=torch.long)
             for row, member in enumerate(members):
                 begin, length = starts[member], lengths[member]
                 positions[row, :length] = torch.arange(begin, begin + length)

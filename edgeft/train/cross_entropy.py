@@ -40,8 +40,9 @@ class _ChunkedNll(torch.autograd.Function):  # type: ignore[misc]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        for begin in range(0, len(hidden), chunk_rows(len(weight))):
-            rows = slice(begin, begin + chunk_rows(len(weight)))
+        size = chunk_rows(len(weight))
+        for begin in range(0, len(hidden), size):
+            rows = slice(begin, begin + size)
             logits = (hidden[rows] @ head.t()).float()
             if bias is not None:
                 logits += bias
