@@ -19,6 +19,8 @@ class LlamaRuntime:
     name: str
     find_library: Callable[[], Path | None]
     install: str
+    flash_attention: bool = True
+    """Whether the library's own choice, flash attention wherever it can, is the faster one."""
 
     def supports(self, artifact: Artifact) -> Support:
         if not artifact.path.is_file() or not _is_gguf(artifact.path):
@@ -38,7 +40,7 @@ class LlamaRuntime:
         library = self.find_library()
         if library is None:
             raise MissingDependency(f"{self.name} is not installed", self.install)
-        return LlamaSession(open_library(library), artifact.path, options)
+        return LlamaSession(open_library(library), artifact.path, options, self.flash_attention)
 
 
 def _is_gguf(path: Path) -> bool:

@@ -39,7 +39,7 @@ _COMPOSING = frozenset({"qwen2", "qwen35"})
 class LlamaSession:
     """One model, one context, one sequence whose keys and values are kept between calls."""
 
-    def __init__(self, library: Library, path: Path, options: LoadOptions) -> None:
+    def __init__(self, library: Library, path: Path, options: LoadOptions, flash_attention: bool = True) -> None:
         self._lib, self._path = library, path
         self._model = self._ctx = None
         self._adapters: dict[Path, int] = {}
@@ -49,7 +49,7 @@ class LlamaSession:
         self._model = _load_model(library, path, options)
         self._vocab = library.llama_model_get_vocab(self._model)
         self._composes = _metadata(library, self._model, "tokenizer.ggml.pre") in _COMPOSING
-        self._ctx = _make_context(library, self._model, options, path)
+        self._ctx = _make_context(library, self._model, options, path, flash_attention)
         self._memory = library.llama_get_memory(self._ctx)
         self.context = int(library.llama_n_ctx(self._ctx))
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocab))
@@ -365,10 +365,12 @@ def _load_model(library: Library, path: Path, options: LoadOptions) -> int:
     return int(model)
 
 
-def _make_context(library: Library, model: int, options: LoadOptions, path: Path) -> int:
+def _make_context(library: Library, model: int, options: LoadOptions, path: Path, flash_attention: bool) -> int:
     params = library.llama_context_default_params()
     params.n_ctx = options.context or min(int(library.llama_model_n_ctx_train(model)), DEFAULT_CONTEXT)
     params.n_batch = params.n_ubatch = options.batch
+    if not flash_attention:
+        params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED; the default lets llama.cpp choose
     params.n_threads = options.threads or physical_cores()
     params.n_threads_batch = options.threads_batch or available_cores()
     try:
