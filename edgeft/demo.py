@@ -16,8 +16,6 @@ from edgeft.paths import write_json
 
 BASE = "smollm2-135m"
 DATA = "smart-home"
-EPOCHS = "2"
-"""The validation loss is within a tenth of its best after one and a half."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,7 @@ def stages(folder: Path) -> list[Stage]:
     """What the demo runs, writing below `folder`."""
     run, file = str(folder / "run"), str(folder / f"{DATA}-q4.gguf")
     resume = (folder / "run").is_dir()
-    train = (
-        ("train", "--resume", run)
-        if resume
-        else ("train", "--model", BASE, "--data", DATA, "--epochs", EPOCHS, "--out", run)
-    )
+    train = ("train", "--resume", run) if resume else ("train", "--model", BASE, "--data", DATA, "--out", run)
     return [
         Stage("pull", "Fetch the base model", ("models", "pull", BASE)),
         Stage(
