@@ -77,7 +77,7 @@ def without_bars() -> Iterator[None]:
     """Without the bars of transformers: edgeft shows its own progress."""
     require("torch", "train")
     logging = require("transformers.utils.logging", "train")
-    reader = require("transformers.modeling_gguf_pytorch_utils", "train")
+    reader: Any = require("transformers.modeling_gguf_pytorch_utils", "train")
     shown, bar = logging.is_progress_bar_enabled(), reader.tqdm
     logging.disable_progress_bar()
     # The GGUF reader does not go through the switch above.
