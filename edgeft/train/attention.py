@@ -37,7 +37,6 @@ class Documents:
 
     groups: tuple[Tensor, ...]
     inverse: Tensor
-    longest: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], tokens: int | None = None) -> Documents:
@@ -58,10 +57,10 @@ class Documents:
                 inverse[begin : begin + length] = torch.arange(length) + offset + row * longest
             offset += positions.numel()
             groups.append(positions)
-        return cls(tuple(groups), inverse, max(lengths))
+        return cls(tuple(groups), inverse)
 
     def to(self, device: torch.device) -> Documents:
-        return Documents(tuple(group.to(device) for group in self.groups), self.inverse.to(device), self.longest)
+        return Documents(tuple(group.to(device) for group in self.groups), self.inverse.to(device))
 
 
 def _similar(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

@@ -19,7 +19,6 @@ class Hardware:
     reason: str
     available_bytes: int
     """Memory free for training: of the GPU, or what the kernel says programs can still get."""
-    cores: int
 
 
 def detect(device: str = "auto", dtype: str = "auto") -> Hardware:
@@ -44,7 +43,6 @@ def detect(device: str = "auto", dtype: str = "auto") -> Hardware:
         "bfloat16" if chosen == "bfloat16" else "float32",
         reason,
         available,
-        torch.get_num_threads(),
     )
 
 

@@ -101,32 +101,6 @@ def add_adapter(model: Any, config: TrainConfig, base: Path) -> Any:
         ) from error
 
 
-def load_trained(
-    base: Path, adapter: Path | None, config: TrainConfig, hardware: Hardware, *, merge: bool = False
-) -> Any:
-    """A base with a trained adapter, ready to score: through the training graph, or merged into the weights.
-
-    Args:
-        merge: add the adapter into the (floating-point) weights; `config.method` must not be "qlora" then.
-    """
-    peft = require("peft", "train")
-    from edgeft.train import fused
-
-    model = load_base(base, config, hardware)
-    if adapter is not None:
-        try:
-            model = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
-            raise ModelError(
-                f"the adapter {adapter} does not go onto {base}: {_first_line(error)}",
-                "Give the base model that the adapter was trained on.",
-            ) from error
-        if merge:
-            model = model.merge_and_unload()
-    fused.install(model)
-    return model.eval()
-
-
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
