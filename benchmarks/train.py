@@ -84,10 +84,10 @@ def start() -> int:
     """Import what both need, and return the idle resident set; the high-water mark counts from here."""
     import psutil
 
-    from edgeft.train.hardware import share_cores
+    from edgeft.openmp import TRAINING, short_spins
 
-    share_cores()  # for both: without it other load on the machine would stall one of them only
-    exec(LIBRARIES)
+    with short_spins(TRAINING):  # for both: without it other load on the machine would stall one of them only
+        exec(LIBRARIES)
     idle = int(psutil.Process().memory_info().rss)
     Path("/proc/self/clear_refs").write_text("5")
     return idle

@@ -48,7 +48,7 @@ class StageFailed(EdgeftError):
 def stages(folder: Path) -> list[Stage]:
     """What the demo runs, writing below `folder`."""
     run, file = str(folder / "run"), str(folder / f"{DATA}-q4.gguf")
-    resume = (folder / "run").is_dir()
+    resume = (folder / "run" / "config.toml").is_file()
     train = ("train", "--resume", run) if resume else ("train", "--model", BASE, "--data", DATA, "--out", run)
     return [
         Stage("pull", "Fetch the base model", ("models", "pull", BASE)),
@@ -62,7 +62,11 @@ def stages(folder: Path) -> list[Stage]:
             ("export", run, "--to", "gguf-q4", "--out", file, "--no-verify"),
         ),
         Stage("verify", "Prove that the file is the trained model", ("verify", run, file)),
-        Stage("after", "Ask the file, offline, in llama.cpp", ("eval", file, "--data", DATA)),
+        Stage(
+            "after",
+            "Ask the file, offline, in llama.cpp",
+            ("eval", file, "--data", DATA, "--metrics", "exact-match,speed"),
+        ),
     ]
 
 

@@ -20,13 +20,13 @@ def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_spins_are_short_while_the_library_is_loaded_and_only_then(cpuinfo: Path) -> None:
-    with short_spins(cpuinfo):
+    with short_spins(cpuinfo=cpuinfo):
         assert os.environ["GOMP_SPINCOUNT"] == "1000"
     assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_the_environment_is_restored_when_loading_fails(cpuinfo: Path) -> None:
-    with pytest.raises(OSError, match="broken"), short_spins(cpuinfo):
+    with pytest.raises(OSError, match="broken"), short_spins(cpuinfo=cpuinfo):
         raise OSError("broken")
     assert "GOMP_SPINCOUNT" not in os.environ
 
@@ -35,7 +35,7 @@ def test_the_environment_is_restored_when_loading_fails(cpuinfo: Path) -> None:
 def test_what_the_user_has_set_stays(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
     before = dict(os.environ)
-    with short_spins(cpuinfo):
+    with short_spins(cpuinfo=cpuinfo):
         assert dict(os.environ) == before
 
 
@@ -45,5 +45,5 @@ def test_what_the_user_has_set_stays(cpuinfo: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_processors_with_short_pauses_are_left_alone(cpuinfo: Path, text: str | None) -> None:
     cpuinfo.write_text(text) if text else cpuinfo.unlink()
-    with short_spins(cpuinfo):
+    with short_spins(cpuinfo=cpuinfo):
         assert "GOMP_SPINCOUNT" not in os.environ

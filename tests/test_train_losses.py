@@ -87,6 +87,55 @@ def test_a_sliding_window_is_respected(tmp_path: Path) -> None:
     assert batch.batch_nll(load(folder), batch.collate(document)).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def with_prefix(lengths: Sequence[int], prefix: int) -> list[Encoded]:
+    """Examples of these lengths, the first tokens of which are the same and not learned."""
+    head = examples([prefix], seed=1)[0].tokens
+    rest = examples([length - prefix for length in lengths])
+    return [Encoded(head + one.tokens, [False] * prefix + one.learned) for one in rest]
+
+
+PREFIXED = {
+    "llama": {"max_position_embeddings": 1024},
+    "qwen3": {},
+    "mistral": {"sliding_window": 8},
+    "mistral-wide": {"sliding_window": 35},
+}
+
+
+@pytest.mark.parametrize("kind", PREFIXED)
+def test_a_shared_prefix_changes_neither_loss_nor_gradients(kind: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = tiny.write_model(tmp_path / "base", kind.partition("-")[0], **PREFIXED[kind])
+    tiny.write_adapter(base, tmp_path / "adapter", target_modules="all-linear")
+    documents = with_prefix([30, 47, 28, 29, *([320] if kind == "llama" else [])], 19)
+    assert batch.shared_prefix(documents[:4]) == 19
+    plain = PeftModel.from_pretrained(load(base, "eager"), tmp_path / "adapter", is_trainable=True)
+    fast = PeftModel.from_pretrained(load(base), tmp_path / "adapter", is_trainable=True)
+    expected: Any = sum(plain_nll(plain, example) for example in documents)
+    expected.backward()
+    packed = batch.collate(documents, 19)
+    assert int((packed["position_ids"] == 20).sum()) == len(documents) > int((packed["position_ids"] == 18).sum()) == 1
+    got = batch.batch_nll(fast, packed)
+    got.backward()
+    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
+    theirs = dict(plain.named_parameters())
+    for name, parameter in fast.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_no_example_learns_is_shared() -> None:
+    same = with_prefix([30, 40, 50], 12)
+    assert batch.shared_prefix(same) == 12
+    learning = Encoded(same[0].tokens, [False] * 5 + [True] * 25)
+    assert batch.shared_prefix([*same, learning]) == 4  # the token before the first learned one predicts it
+    assert batch.shared_prefix(with_prefix([30, 40, 500], 12)) == 0  # not worth it
+    assert batch.shared_prefix(same[:1]) == 0
+    whole = Encoded(same[0].tokens[:12], [False] * 12)
+    assert batch.shared_prefix([*same, whole]) == 11  # every document keeps a token of its own
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"lora_alpha": 3, "r": 2}, {"use_dora": True}])
 def test_gradients_through_fused_layers_are_pefts(settings: dict[str, Any], tmp_path: Path) -> None:
     from peft import PeftModel

@@ -18,6 +18,7 @@ from edgeft.progress import Silent
 from edgeft.run import Run, is_run
 from edgeft.train import Interrupted, TrainConfig, read_config, train
 from edgeft.train import checkpoint as checkpoints
+from edgeft.train.config import write_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*")
 
@@ -197,6 +198,17 @@ def test_bad_input_is_named(base: Path, data: Path, tmp_path: Path) -> None:
         read_config(empty)
     with pytest.raises(UsageError, match="exists already"):
         train(settings(base, data, data))
+
+
+@pytest.mark.parametrize("left", [".config.toml.x1.tmp", "config.toml"])
+def test_a_run_killed_before_its_first_step_goes_on(base: Path, data: Path, tmp_path: Path, left: str) -> None:
+    config = settings(base, data, tmp_path / "run", epochs=0.5)
+    config.out.mkdir()
+    if left == "config.toml":
+        write_config(config.out / left, config)
+    else:
+        (config.out / left).touch()
+    assert train(config, resume=left == "config.toml").run.finished
 
 
 def test_a_model_without_a_template_cannot_learn_conversations(data: Path, tmp_path: Path) -> None:

@@ -31,23 +31,26 @@ class Documents:
     """Where the documents of a row begin and end, and which of them attend together.
 
     `groups` holds one (documents, longest) tensor of row positions per group; rows shorter than the longest are
-    filled with position 0. `inverse` (tokens,) puts the concatenated results of all groups back in row order; filling
-    at the end of the row belongs to no document and gets some other token's result.
+    filled with position 0. `inverse` (tokens,) puts the concatenated results of the prefix and all groups back in row
+    order; filling at the end of the row belongs to no document and gets some other token's result.
     """
 
     groups: tuple[Tensor, ...]
     inverse: Tensor
+    prefix: int = 0
+    """The row begins with this many tokens that all documents begin with; a document's length is that of its rest."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], tokens: int | None = None) -> Documents:
-        """Documents of these lengths, in a row of `tokens` tokens (default: their sum)."""
+    def of(cls, lengths: Sequence[int], tokens: int | None = None, prefix: int = 0) -> Documents:
+        """Documents of these lengths behind a shared prefix, in a row of `tokens` tokens (default: their sum)."""
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        starts = [0]
+        starts = [prefix]
         for length in lengths:
             starts.append(starts[-1] + length)
         groups: list[Tensor] = []
         inverse = torch.zeros(tokens or starts[-1], dtype=torch.long)
-        offset = 0
+        inverse[:prefix] = torch.arange(prefix)
+        offset = prefix
         for members in _similar(order, lengths):
             longest = -(-lengths[members[0]] // _ROUND) * _ROUND
             positions = torch.zeros(-(-len(members) // _ROUND_COUNT) * _ROUND_COUNT, longest, dtype=torch.long)
@@ -57,10 +60,10 @@ class Documents:
                 inverse[begin : begin + length] = torch.arange(length) + offset + row * longest
             offset += positions.numel()
             groups.append(positions)
-        return cls(tuple(groups), inverse)
+        return cls(tuple(groups), inverse, prefix)
 
     def to(self, device: torch.device) -> Documents:
-        return Documents(tuple(group.to(device) for group in self.groups), self.inverse.to(device))
+        return Documents(tuple(group.to(device) for group in self.groups), self.inverse.to(device), self.prefix)
 
 
 def _similar(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
@@ -94,7 +97,7 @@ def documents_attention(
     documents: Documents | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document.
+    """Causal attention within each document, and to the prefix that all of them share.
 
     Args:
         query: (1, heads, tokens, width); key and value (1, key-value heads, tokens, width).
@@ -107,9 +110,15 @@ def documents_attention(
     if documents is None:
         return _causal(query, key, value, scale, sliding_window).transpose(1, 2).contiguous(), None
     rows = [tensor.transpose(1, 2)[0] for tensor in (query, key, value)]
+    first_q, first_k, first_v = (tensor[:, :, : documents.prefix] for tensor in (query, key, value))
     parts = []
+    if documents.prefix:
+        parts.append(_causal(first_q, first_k, first_v, scale, sliding_window).transpose(1, 2)[0])
     for positions in documents.groups:
         queries, keys, values = (row[positions].transpose(1, 2) for row in rows)
+        if documents.prefix:
+            keys = torch.cat((first_k.expand(len(positions), -1, -1, -1), keys), dim=2)
+            values = torch.cat((first_v.expand(len(positions), -1, -1, -1), values), dim=2)
         attended = _causal(queries, keys, values, scale, sliding_window)
         parts.append(attended.transpose(1, 2).reshape(-1, *rows[0].shape[1:]))
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -117,16 +126,22 @@ def documents_attention(
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """(documents, heads, length, width) each; key and value heads are repeated to match the query's."""
-    repeats, length = query.shape[1] // key.shape[1], query.shape[2]
+    """(documents, heads, length, width) each; key and value heads are repeated to match the query's.
+
+    Where there are more keys than queries, the first ones come before all queries.
+    """
+    repeats, length, before = query.shape[1] // key.shape[1], key.shape[2], key.shape[2] - query.shape[2]
     if repeats > 1:
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     banded = window is not None and length > window
-    if length > _SHORT and not banded:
+    if length > _SHORT and not banded and not before:
         return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    mask = torch.full((length, length), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+    mask = torch.full((length - before, length), float("-inf"), dtype=query.dtype, device=query.device)
+    mask = mask.triu(1 + before)
     if banded and window is not None:
-        mask += torch.full_like(mask, float("-inf")).tril(-window)
+        mask += torch.full_like(mask, float("-inf")).tril(before - window)
+    if length > _SHORT and not banded:
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     flat = [tensor.reshape(-1, *tensor.shape[2:]) for tensor in (query, key, value)]
     weights = torch.softmax(torch.baddbmm(mask, flat[0], flat[1].transpose(1, 2), alpha=scale), dim=-1)
     return torch.bmm(weights, flat[2]).view(query.shape)

@@ -15,23 +15,51 @@ from edgeft.train.cross_entropy import summed_nll
 # Rows are filled up to a multiple of this, for the same reason as lengths in edgeft.train.attention: with rows of any
 # length the memory of a run grew by half.
 _ROUND = 64
+# Sharing a prefix pays when it is at least this part of a mean example.
+_WORTH = 0.1
 
 Batch = dict[str, Any]
 """`input_ids` and `position_ids` (1, tokens); `rows` (learned,): positions whose next token is learned; `targets`
-(learned,): those tokens; `documents`: see edgeft.train.attention."""
+(learned,): those tokens; `tokens`: how many the examples have, shared ones counted in each of them; `documents`: see
+edgeft.train.attention."""
 
 
-def collate(examples: Sequence[Encoded]) -> Batch:
-    """Documents end to end in one row, positions counted from the start of each; filling at the end of the row."""
-    tokens: list[int] = []
-    positions: list[int] = []
+def shared_prefix(examples: Sequence[Encoded]) -> int:
+    """How many tokens all examples begin with and none of them learns; 0 where sharing them would save little.
+
+    A system prompt and the head of a chat template are the same in every conversation of most data sets. Causal
+    attention gives them the same hidden states too, so one copy per pass does for all.
+    """
+    if len(examples) < 2:
+        return 0
+    first, last = (pick(examples, key=lambda example: example.tokens).tokens for pick in (min, max))
+    # Of sorted lists, the first and the last differ the earliest.
+    same = next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    # The token that predicts a document's first learned one is its own.
+    same = min([same, *(_first_learned(example) - 1 for example in examples)])
+    mean = sum(len(example.tokens) for example in examples) / len(examples)
+    return same if same >= _WORTH * mean else 0
+
+
+def _first_learned(example: Encoded) -> int:
+    return example.learned.index(True) if any(example.learned) else len(example.tokens)
+
+
+def collate(examples: Sequence[Encoded], prefix: int = 0) -> Batch:
+    """Documents end to end in one row, positions counted from the start of each; filling at the end of the row.
+
+    Args:
+        prefix: tokens that all examples begin with (`shared_prefix`); the row has them once.
+    """
+    tokens = examples[0].tokens[:prefix]
+    positions = list(range(prefix))
     rows: list[int] = []
     targets: list[int] = []
     for example in examples:
-        start = len(tokens)
-        tokens += example.tokens
-        positions += range(len(example.tokens))
-        for place in range(1, len(example.tokens)):
+        start = len(tokens) - prefix
+        tokens += example.tokens[prefix:]
+        positions += range(prefix, len(example.tokens))
+        for place in range(prefix + 1, len(example.tokens)):
             if example.learned[place]:
                 rows.append(start + place - 1)
                 targets.append(example.tokens[place])
@@ -43,7 +71,8 @@ def collate(examples: Sequence[Encoded]) -> Batch:
         "position_ids": torch.tensor([positions]),
         "rows": torch.tensor(rows, dtype=torch.long),
         "targets": torch.tensor(targets, dtype=torch.long),
-        "documents": Documents.of([len(example.tokens) for example in examples], len(tokens)),
+        "tokens": torch.tensor(sum(len(example.tokens) for example in examples)),
+        "documents": Documents.of([len(example.tokens) - prefix for example in examples], len(tokens), prefix),
     }
 
 

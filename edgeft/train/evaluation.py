@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from edgeft.data.example import Encoded
-from edgeft.train.batch import batch_nll, collate, learned_count
+from edgeft.train.batch import batch_nll, collate, learned_count, shared_prefix
 from edgeft.train.packing import best_fit_decreasing
 
 
@@ -29,13 +29,14 @@ def evaluate(model: Any, examples: Sequence[Encoded], micro_tokens: int, autocas
         autocast: dtype of mixed precision, or None when the model computes in its own.
     """
     device = next(model.parameters()).device
-    lengths = [len(example.tokens) for example in examples]
+    prefix = shared_prefix(examples)
+    lengths = [len(example.tokens) - prefix for example in examples]
     training = model.training
     model.eval()
     total = 0.0
     with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for pack in best_fit_decreasing(lengths, micro_tokens, range(len(examples))):
-            batch = collate([examples[index] for index in pack])
+        for pack in best_fit_decreasing(lengths, micro_tokens - prefix, range(len(examples))):
+            batch = collate([examples[index] for index in pack], prefix)
             batch = {key: value.to(device) for key, value in batch.items()}
             total += float(batch_nll(model, batch))
     model.train(training)

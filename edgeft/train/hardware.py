@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,17 +71,6 @@ def matmul_rate(hardware: Hardware, rows: int, width: int, inner: int) -> float:
         float((left @ right.t())[0, 0])  # reading a value waits for a GPU
         best = min(best, time.perf_counter() - started)
     return 2.0 * rows * width * inner / best
-
-
-def share_cores() -> None:
-    """Let torch's threads sleep soon when they wait for each other; must be called before torch is imported.
-
-    GNU OpenMP lets them spin for about 10 ms. If another program holds one of the cores, the spinning thread keeps
-    the one it waits for from running, after every operation: two busy programs made a step seven times as long. A
-    thousand turns (some 40 microseconds) still cover the gaps between operations.
-    """
-    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def keep_freed_memory() -> None:

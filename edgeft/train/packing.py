@@ -22,6 +22,8 @@ class Schedule:
     per_step: int
     """Packs per optimizer step."""
     packs_per_epoch: int
+    prefix: int = 0
+    """Tokens that all examples begin with; each pack has them once."""
 
     @property
     def steps(self) -> int:
@@ -57,11 +59,14 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int, order: Sequence[i
     return [tuple(members) for members in bins]
 
 
-def schedule(lengths: Sequence[int], capacity: int, per_step: int, epochs: float, seed: int) -> Schedule:
+def schedule(
+    lengths: Sequence[int], capacity: int, per_step: int, epochs: float, seed: int, prefix: int = 0
+) -> Schedule:
     """All packs of a run. Each epoch sees every example once, in other company and another order.
 
     A fractional epoch takes that share of its packs.
     """
+    lengths, capacity = [length - prefix for length in lengths], capacity - prefix
     packs: list[Pack] = []
     per_epoch = 0
     for epoch in range(math.ceil(epochs)):
@@ -73,4 +78,4 @@ def schedule(lengths: Sequence[int], capacity: int, per_step: int, epochs: float
         per_epoch = per_epoch or len(filled)
         share = min(1.0, epochs - epoch)
         packs += filled[: max(1, round(share * len(filled)))]
-    return Schedule(tuple(packs), per_step, per_epoch)
+    return Schedule(tuple(packs), per_step, per_epoch, prefix)

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgeft.data.example import Encoded
 from edgeft.errors import ModelError, UsageError
-from edgeft.train.batch import learned_count
+from edgeft.train.batch import learned_count, shared_prefix
 from edgeft.train.config import TrainConfig
 from edgeft.train.cross_entropy import CHUNK_BYTES
 from edgeft.train.hardware import Hardware, matmul_rate
@@ -19,8 +19,9 @@ from edgeft.train.packing import Schedule, schedule
 
 # torch, transformers, peft, trl and bitsandbytes, imported and idle (measured: 0.51 GB).
 LIBRARIES_BYTES = 550_000_000
-# Share of the matrix-product rate that a whole step reaches (measured with SmolLM2-135M: 0.2 to 0.3).
-_EFFICIENCY = 0.25
+# Share of the matrix-product rate that a whole step reaches (measured with SmolLM2-135M: 0.1 to 0.13 where AMX makes
+# the products fast and the rest of a step long, up to 0.3 without).
+_EFFICIENCY = 0.12
 # Memory per token and layer, in units of the dtype: of hidden width, and of the MLP's. Autograd keeps about half of
 # that (counted); the rest is what malloc and oneDNN hold back (measured: SmolLM2-135M peaks at 2.5 GB).
 _KEPT_HIDDEN, _KEPT_MLP = 20, 10
@@ -101,14 +102,21 @@ def make_plan(
         "packing": "documents lie end to end without padding; attention runs per document",
     }
     lengths = [len(example.tokens) for example in train]
-    micro, recompute = _fit_memory(config, shape, hardware, max(lengths), reasons)
-    per_step = _packs_per_step(config, micro, sum(lengths), reasons)
-    plan = schedule(lengths, micro, per_step, config.epochs, config.seed)
+    step_tokens = config.batch_tokens or max(256, min(8192, sum(lengths) // 200))
+    micro, recompute = _fit_memory(config, shape, hardware, max(lengths), step_tokens, reasons)
+    per_step = max(1, round(step_tokens / micro))
+    if not config.batch_tokens:
+        reasons["batch"] = f"{per_step * micro} tokens per step: enough steps per epoch, and steady gradients"
+    prefix = shared_prefix(train)
+    if prefix:
+        reasons["shared prefix"] = f"all examples begin with the same {prefix} tokens: read once per pass"
+    plan = schedule(lengths, micro, per_step, config.epochs, config.seed, prefix)
     tokens, learned = sum(lengths), sum(map(learned_count, train))
     rate = matmul_rate(hardware, min(micro, 1024), shape.mlp, shape.hidden)
     per_token = _flops_per_token(config, shape, recompute, learned / tokens)
     reasons["time"] = f"a matrix product runs at {rate / 1e9:.0f} GFLOP/s here; {per_token / 1e6:.0f} MFLOP per token"
-    train_s = per_token * tokens * config.epochs / rate / _EFFICIENCY
+    read = tokens - prefix * (len(train) - plan.packs_per_epoch)
+    train_s = per_token * read * config.epochs / rate / _EFFICIENCY
     valid_s = sum(len(example.tokens) for example in valid) * per_token / 3 / rate / _EFFICIENCY
     eval_every = config.eval_every or _eval_every(plan, train_s, valid_s)
     if valid and not config.eval_every:
@@ -135,10 +143,11 @@ def make_plan(
 
 
 def _fit_memory(
-    config: TrainConfig, shape: Shape, hardware: Hardware, longest: int, reasons: dict[str, str]
+    config: TrainConfig, shape: Shape, hardware: Hardware, longest: int, step_tokens: int, reasons: dict[str, str]
 ) -> tuple[int, bool]:
     """Tokens per pass, and whether activations are recomputed: the fastest that fits."""
-    wanted = max(config.micro_tokens or (1024 if hardware.device == "cpu" else 4096), longest)
+    fast = min(step_tokens // 64 * 64, 1024 if hardware.device == "cpu" else 4096)
+    wanted = max(config.micro_tokens or fast, longest)
     sizes = [wanted] if config.micro_tokens else sorted({wanted, max(wanted // 2, longest), longest}, reverse=True)
     modes = [False, True] if config.gradient_checkpointing is None else [config.gradient_checkpointing]
     for recompute in modes:
@@ -146,7 +155,8 @@ def _fit_memory(
             need = memory_bytes(config, shape, hardware, micro, recompute)
             if need < 0.9 * hardware.available_bytes:
                 if not config.micro_tokens:
-                    reasons["tokens per pass"] = f"{micro}: more is no faster" if micro == wanted else f"{micro}: fits"
+                    enough = "a whole step" if micro >= step_tokens // 64 * 64 else "more is no faster"
+                    reasons["tokens per pass"] = f"{micro}: {enough if micro == wanted else 'fits'}"
                 if config.gradient_checkpointing is None:
                     kept = "kept: they fit, and recomputing them costs a third more time"
                     reasons["activations"] = "recomputed: they would not fit" if recompute else kept
@@ -200,15 +210,6 @@ def _flops_per_token(config: TrainConfig, shape: Shape, recompute: bool, learned
     """Forward, gradient of the inputs, of the weights if they are trained; the head only where a token is learned."""
     passes = 2 + (config.method == "full") + recompute
     return 2.0 * shape.body * passes + 4.0 * shape.vocabulary * shape.hidden * learned
-
-
-def _packs_per_step(config: TrainConfig, micro: int, tokens: int, reasons: dict[str, str]) -> int:
-    """Packs whose gradients make one step. Left open: about a hundredth of the data, at most 8192 tokens."""
-    wanted = config.batch_tokens or min(8192, tokens // 100)
-    packs = max(1, round(wanted / micro))
-    if not config.batch_tokens:
-        reasons["batch"] = f"about {packs * micro} tokens per step: enough steps per epoch, and steady gradients"
-    return packs
 
 
 def _eval_every(plan: Schedule, train_s: float, valid_s: float) -> int:

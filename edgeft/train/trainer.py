@@ -22,7 +22,7 @@ from edgeft.train import checkpoint, memory
 from edgeft.train.batch import Batch, batch_nll, collate
 from edgeft.train.config import TrainConfig
 from edgeft.train.evaluation import evaluate
-from edgeft.train.packing import Pack, Schedule
+from edgeft.train.packing import Schedule
 from edgeft.train.plan import TrainPlan
 from edgeft.train.recorder import Recorder
 
@@ -65,14 +65,14 @@ class Session:
 
 
 class _Packs(torch.utils.data.Dataset):  # type: ignore[misc]
-    def __init__(self, packs: Sequence[Pack], examples: Sequence[Encoded]) -> None:
-        self._packs, self._examples = packs, examples
+    def __init__(self, schedule: Schedule, examples: Sequence[Encoded]) -> None:
+        self._packs, self._prefix, self._examples = schedule.packs, schedule.prefix, examples
 
     def __len__(self) -> int:
         return len(self._packs)
 
     def __getitem__(self, index: int) -> Batch:
-        return collate([self._examples[member] for member in self._packs[index]])
+        return collate([self._examples[member] for member in self._packs[index]], self._prefix)
 
 
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -104,7 +104,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         self._step_started = time.perf_counter()
-        packs = _Packs(self.session.schedule.packs, self.session.train)
+        packs = _Packs(self.session.schedule, self.session.train)
         return torch.utils.data.DataLoader(packs, batch_size=1, shuffle=False, collate_fn=self.data_collator)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: Any) -> int:
@@ -116,7 +116,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: int | None = None
     ) -> Any:
         """Mean over all learned tokens of the optimizer step, however they fall into micro-batches."""
-        self._step_tokens += inputs["input_ids"].shape[1]
+        self._step_tokens += int(inputs["tokens"])
         with torch.autocast(self.args.device.type, dtype=self._autocast, enabled=self._autocast is not None):
             nll = batch_nll(self.model, inputs)
         return nll / (num_items_in_batch or max(1, len(inputs["targets"])))

@@ -20,6 +20,7 @@ from edgeft.data.load import dataset_digest, load_split, resolve_dataset, split_
 from edgeft.errors import DataError, MissingDependency, UsageError, WriteError, require
 from edgeft.models import ResolvedModel, resolve, weights_digest
 from edgeft.models.text import TextSide, load_text_side
+from edgeft.openmp import TRAINING, short_spins
 from edgeft.paths import sync_directory
 from edgeft.progress import Progress, Silent
 from edgeft.run import Run, RunManifest
@@ -80,9 +81,9 @@ def prepare(config: TrainConfig, progress: Progress | None = None) -> Prepared:
     for module in (*_MODULES, *(("bitsandbytes",) if config.method == "qlora" else ())):
         if importlib.util.find_spec(module) is None:
             raise MissingDependency(f"{module} is not installed", "pip install 'edgeft[train]'")
-    from edgeft.train.hardware import detect, keep_freed_memory, share_cores
-
-    share_cores()
+    with short_spins(TRAINING):
+        import torch  # noqa: F401  (its threads learn here how long to spin)
+    from edgeft.train.hardware import detect, keep_freed_memory
     from edgeft.train.plan import make_plan, read_shape
 
     base = resolve(config.model, want="hf", progress=progress)
@@ -159,7 +160,7 @@ def train(
     run = Run(config.out.absolute())
     if resume and run.finished:
         return _finished(run)
-    if not resume and run.path.exists() and any(run.path.iterdir()):
+    if not resume and _in_use(run.path):
         raise UsageError(f"{run.path} exists already", f"Continue it with --resume {config.out}, or choose another.")
     ready = prepared or prepare(config, progress)
     _create(run, config)
@@ -169,13 +170,22 @@ def train(
         return _train(run, ready, progress or Silent())
 
 
+def _in_use(folder: Path) -> bool:
+    """Whether anything is there; a temporary file that a kill left behind does not count."""
+    return folder.exists() and any(
+        not (item.name.startswith(".") and item.suffix == ".tmp") for item in folder.iterdir()
+    )
+
+
 def _create(run: Run, config: TrainConfig) -> None:
+    """The configuration comes first: a folder without it holds nothing, one with it can be resumed."""
     try:
-        (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        run.path.mkdir(parents=True, exist_ok=True)
+        if not (run.path / "config.toml").is_file():
+            write_config(run.path / "config.toml", config)
+        (run.path / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise WriteError.from_os_error(error, run.path) from error
-    if not (run.path / "config.toml").is_file():
-        write_config(run.path / "config.toml", config)
 
 
 def _train(run: Run, ready: Prepared, progress: Progress) -> Outcome:
