@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgeft.artifact import Artifact
-from edgeft.errors import UsageError
-from edgeft.plugins import ConvertOptions, Plan, Source, Target
+from edgeft.errors import MissingDependency, UsageError
+from edgeft.plugins import ConvertOptions, Plan, Source, Support, Target
 from edgeft.progress import Progress
 
 _RUNTIMES = ("llama-cpp-python", "xllamacpp")
@@ -26,6 +26,17 @@ class GgufConverter:
     targets: Mapping[str, Target] = {
         name: Target(name, description, bits, _RUNTIMES) for name, (_, description, bits) in _MIXTURES.items()
     }
+
+    def ready(self) -> Support:
+        try:
+            from .ggml import load
+
+            load()
+        except MissingDependency as error:
+            return Support(False, error.message, error.hint)
+        except ImportError as error:
+            return Support(False, f"{error.name} is not installed", "pip install 'edgeft[export]'")
+        return Support(True)
 
     def plan(self, source: Source, target: str, options: ConvertOptions) -> Plan:
         from .ggml import load

@@ -52,13 +52,14 @@ def extras() -> list[ExtraReport]:
 
 
 def plugin_reports() -> list[PluginReport]:
-    """Every plug-in, loaded once to see whether it can be."""
+    """Every plug-in, loaded once to see whether it can be, and asked whether it has what it needs."""
     reports = []
     for family in plugins.BUILT_IN:
         for name in plugins.names(family):
             try:
-                plugins.load(family, name)
-                reports.append(PluginReport(family, name, None, None))
+                plugin = plugins.load(family, name)
+                state = plugin.ready() if isinstance(plugin, plugins.Checked) else plugins.Support(True)
+                reports.append(PluginReport(family, name, state.reason or None, state.install))
             except EdgeftError as error:
                 reports.append(PluginReport(family, name, error.message, error.hint))
     return reports

@@ -31,6 +31,23 @@ BUILT_IN: Mapping[Family, Mapping[str, str]] = {
 """Name -> "module:attribute". A static table: reading entry points alone costs 47 ms."""
 
 
+@dataclass(frozen=True)
+class Support:
+    """Whether something can be done here; if not, why and what to install."""
+
+    ok: bool
+    reason: str = ""
+    install: str | None = None
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A plug-in of any family that needs more than its own module, and can tell whether it is there."""
+
+    def ready(self) -> Support:
+        """Whether the packages it works with can be loaded."""
+
+
 # --- Converters ---------------------------------------------------------------
 
 
@@ -106,15 +123,6 @@ class Converter(Protocol):
 
 
 # --- Runtimes -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Support:
-    """Whether a runtime can run an artifact; if not, why and what to install."""
-
-    ok: bool
-    reason: str = ""
-    install: str | None = None
 
 
 @dataclass(frozen=True)

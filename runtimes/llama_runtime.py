@@ -25,6 +25,9 @@ class LlamaRuntime:
     def supports(self, artifact: Artifact) -> Support:
         if not artifact.path.is_file() or not _is_gguf(artifact.path):
             return Support(False, f"{artifact.path.name} is not a GGUF file")
+        return self.ready()
+
+    def ready(self) -> Support:
         library = self.find_library()
         if library is None:
             return Support(False, f"{self.name} is not installed", self.install)

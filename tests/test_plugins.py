@@ -1,12 +1,15 @@
 """The registry lists without importing, imports one, and refuses what is wrong with a message."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from edgeft.converters.ggml import load
 
 from edgeft import plugins
+from edgeft.doctor import plugin_reports
 from edgeft.errors import PluginError
 
 
@@ -58,3 +61,18 @@ def test_an_unknown_name_lists_the_known_ones(third_parties: list[Point]) -> Non
     with pytest.raises(PluginError) as caught:
         plugins.load("runtimes", "nope")
     assert "echo" in (caught.value.hint or "")
+
+
+def test_doctor_says_what_each_plug_in_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    hidden = {"llama_cpp", "xllamacpp"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in hidden else find(name, *rest))
+    load.cache_clear()
+    try:
+        found = {(report.family, report.name): report for report in plugin_reports()}
+    finally:
+        load.cache_clear()
+    assert "quantizers" in (found["converters", "gguf"].error or "")
+    for name in ("llama-cpp-python", "xllamacpp"):
+        assert (found["runtimes", name].error, bool(found["runtimes", name].hint)) == (f"{name} is not installed", True)
+    assert found["runtimes", "echo"].error is None

@@ -134,17 +134,20 @@ def _fits_in_memory(parameters: int) -> bool:
 
 def _examples(origin: Origin) -> list[Example]:
     """A few of the examples the run was evaluated on; none when they are gone, the check then takes plain sentences."""
-    from edgeft.cli.verify import held_out
     from edgeft.errors import EdgeftError
+    from edgeft.verify.examples import held_out
     from edgeft.verify.quick import SAMPLE
 
     if origin.run is None:
         return []
     try:
-        return held_out(origin.run, None, None)[:SAMPLE]
+        examples, notes = held_out(origin.run)
     except EdgeftError as error:
         note(f"note: verified on plain sentences, not on the run's data: {error.message}")
         return []
+    for text in notes:
+        note(f"note: {text}")
+    return examples[:SAMPLE]
 
 
 def _fail_on(findings: Sequence[Finding], artifact: Artifact) -> None:

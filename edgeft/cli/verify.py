@@ -11,7 +11,6 @@ import click
 from edgeft.cli._output import ConsoleProgress, json_option, note, print_json, print_table
 
 if TYPE_CHECKING:
-    from edgeft.data.example import Example
     from edgeft.run import Run
     from edgeft.verify.report import Report
 
@@ -57,10 +56,14 @@ def verify(
     from edgeft.export import find
     from edgeft.sessions import open_session
     from edgeft.verify.check import verify_file
+    from edgeft.verify.examples import held_out
 
     progress = ConsoleProgress()
     origin = find(model, adapter, progress)
-    compared = held_out(origin.run, data, split)[:examples]
+    held, notes = held_out(origin.run, data, split)
+    for text in notes:
+        note(f"note: {text}")
+    compared = held[:examples]
     # A ledger's stages belong to one set of examples.
     whole = examples is None and (origin.run is None or (data is None and split is None))
     opened = open_session(str(artifact), runtime, progress=progress)
@@ -97,26 +100,6 @@ def _limit(text: str) -> tuple[str, float]:
         return name.strip(), float(value)
     except ValueError as error:
         raise click.UsageError(f"--tolerance: write NAME=VALUE, such as kl=0.05, not {text!r}") from error
-
-
-def held_out(run: Run | None, data: str | None, split: str | None) -> list[Example]:
-    """The examples to compare on: those asked for, or the run's test split (without one, its validation split)."""
-    from edgeft.data.load import dataset_digest, load_split, resolve_dataset, split_files
-    from edgeft.errors import UsageError
-
-    reference = data
-    if reference is None:
-        if run is None:
-            raise UsageError("what to compare on is not known", "Give a data set with --data.")
-        recorded = run.manifest().data
-        reference = str(recorded["path"] if Path(recorded["path"]).exists() else recorded["reference"])
-        split = split or recorded.get("held_out")
-        if dataset_digest(reference) != recorded["digest"]:
-            note(f"note: {reference} has changed since the run was trained on it")
-    if split is None:
-        path = resolve_dataset(reference)
-        split = "valid" if path.is_dir() and "test" not in split_files(path) else "test"
-    return load_split(reference, split)
 
 
 def _print(report: Report, context: dict[str, Any], as_json: bool) -> None:
