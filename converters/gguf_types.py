@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from .ggml import TYPES, GgmlType
 
-FILE_TYPES: Mapping[str, int] = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K_M": 15, "IQ4_NL": 25, "BF16": 32}
+FILE_TYPES: Mapping[str, int] = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15, "Q4_K_M narrow": 15, "BF16": 32}
 """`general.file_type` of each mixture, from `llama.h`."""
 
-_DEFAULT: Mapping[str, str] = {"Q4_K_M": "Q4_K"}
-"""Type of most tensors of a mixture, where it is not the mixture's name."""
+_K_MIXTURES = ("Q4_K_M", "Q4_K_M narrow")
 
 _FALLBACK: Mapping[str, str] = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_NARROW: Mapping[str, str] = {**_FALLBACK, "Q6_K": "Q5_1"}
+"""The type of blocks of 32 that is nearest in bits: Q6_K has 6.6, Q5_1 6.0, Q8_0 8.5."""
 
 
 @dataclass(frozen=True)
@@ -68,37 +69,19 @@ def assign(mixture: str, tensors: Sequence[Shape], layers: int, *, wide_values: 
         if not quantizable(tensor):
             choices.append(Choice(TYPES["F32"]))
             continue
-        kind = _DEFAULT.get(mixture, mixture)
+        kind = "Q4_K" if mixture in _K_MIXTURES else mixture
         if tensor.name == "output.weight" or (tied and tensor.name == "token_embd.weight"):
             kind = kind if kind in ("F16", "BF16", "Q8_0") else "Q6_K"
         elif tensor.name.endswith("attn_v.weight"):
-            kind = _values_type(mixture, kind, tensor.columns, more_bits(seen_values, values), wide_values)
+            if kind == "Q4_K":
+                kind = "Q6_K" if more_bits(seen_values, values) else "Q5_K" if wide_values else kind
             seen_values += 1
         elif "ffn_down" in tensor.name:
-            kind = _down_type(mixture, kind, tensor.columns, more_bits(seen_downs, layers))
+            if kind == "Q4_K":
+                kind = "Q6_K" if more_bits(seen_downs, layers) else kind
             seen_downs += 1
-        elif mixture == "IQ4_NL" and tensor.columns % 256 == 0:
-            kind = "Q4_K"
-        choices.append(_fitted(kind, tensor.columns))
+        choices.append(_fitted(kind, tensor.columns, _NARROW if mixture == "Q4_K_M narrow" else _FALLBACK))
     return choices
-
-
-def _values_type(mixture: str, kind: str, columns: int, more: bool, wide: bool) -> str:
-    if mixture == "Q4_K_M":
-        return "Q6_K" if more else "Q5_K" if wide else kind
-    if mixture in ("Q4_1", "IQ4_NL") and more:
-        # A hundredth of the weights; in SmolLM2-135M the divergence falls by 7 % for 0.04 bits per weight.
-        return "Q8_0"
-    return "Q4_K" if mixture == "IQ4_NL" and columns % 256 == 0 else kind
-
-
-def _down_type(mixture: str, kind: str, columns: int, more: bool) -> str:
-    if mixture == "Q4_K_M":
-        return "Q6_K" if more else kind
-    if mixture == "IQ4_NL":
-        wide = columns % 256 == 0
-        return ("Q6_K" if wide else "Q5_1") if more else ("Q4_K" if wide else kind)
-    return kind
 
 
 def quantizable(tensor: Shape) -> bool:
@@ -110,25 +93,28 @@ def more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def _fitted(kind: str, columns: int) -> Choice:
-    """The type itself when rows fill whole blocks, else what llama-quantize falls back to."""
+def _fitted(kind: str, columns: int, fallback: Mapping[str, str]) -> Choice:
+    """The type itself when rows fill whole blocks, else another one."""
     wanted = TYPES[kind]
     if columns % wanted.block == 0:
         return Choice(wanted)
-    found = TYPES[_FALLBACK.get(kind, kind)]
+    found = TYPES[fallback.get(kind, kind)]
     if columns % found.block:
         found = TYPES["F16"]
     return Choice(found, f"{columns} columns do not fill blocks of {wanted.block}: {found.name} instead of {kind}")
 
 
 def best_mixture(tensors: Sequence[Shape]) -> str:
-    """Q4_K_M where its blocks of 256 fit every row; where they do not, a mixture of blocks of 32.
+    """Q4_K_M where its blocks of 256 fit every row; where they do not, its rules with the nearest types.
 
-    Never by the error on weights: those that came out of a Q4_1 file lie on its grid, where Q4_1 seems best by far and
-    rounds a merged adapter away (SmolLM2-135M: KL 1.7 from the merged model, at a 0.5 % error of the weights).
+    There llama-quantize gives the tied embedding Q8_0, twice the bits for a fifth of SmolLM2-135M's weights; in the
+    layers the same bits are worth three times as much (docs/export.md).
+
+    Never chosen by the error on weights: those that came out of a Q4_1 file lie on its grid, where Q4_1 seems best by
+    far and rounds a merged adapter away (SmolLM2-135M: KL 1.7 from the merged model, at a 0.5 % error of the weights).
     """
     fits = all(tensor.columns % 256 == 0 for tensor in tensors if quantizable(tensor))
-    return "Q4_K_M" if fits else "IQ4_NL"
+    return "Q4_K_M" if fits else "Q4_K_M narrow"
 
 
 def honest_label(label: str, mixture: str, bits: float, label_bits: float, fallbacks: int, total: int) -> list[str]:
@@ -141,14 +127,14 @@ def honest_label(label: str, mixture: str, bits: float, label_bits: float, fallb
     if mixture != label:
         return [
             f"rows do not fill the blocks of {label}, which would really take {label_bits:.2f} bits per weight; "
-            f"a {mixture} mixture with {bits:.2f} is written instead"
+            f"the nearest types in blocks of 32 are written instead, {bits:.2f} in all"
         ]
     if fallbacks == 0:
         return []
     return [f"{label} is a label here: {fallbacks} of {total} tensors fall back, {bits:.2f} bits per weight in all"]
 
 
-_SPEED = {"Q4_K": 15.0, "Q5_K": 17.0, "Q6_K": 25.0, "IQ4_NL": 3.5}
+_SPEED = {"Q4_K": 15.0, "Q5_K": 17.0, "Q6_K": 25.0}
 """Million weights per second and core that ggml quantizes, measured on a 2.x GHz x86-64 server core."""
 _OTHER_SPEED = 250.0
 
