@@ -72,7 +72,11 @@ def convert(plan: Plan, ggml: Ggml, progress: Progress) -> Artifact:
     finally:
         progress.finish()
     manifest = _manifest(plan, details, digest)
-    write_manifest(out, manifest)
+    try:
+        write_manifest(out, manifest)
+    except WriteError:
+        out.unlink()  # a command that failed leaves no result
+        raise
     return Artifact(out, manifest)
 
 
