@@ -25,6 +25,7 @@ from typing import TypeVar
 from edgeft.data.smart_home import refusals
 from edgeft.data.smart_home.vocabulary import (
     COLOURS,
+    COMMON_ROOMS,
     HELD_OUT,
     NAMES,
     PREFIXES,
@@ -211,10 +212,17 @@ def pair_split(device: str, room: str) -> Split:
     return "test" if bucket < 2 else "valid" if bucket == 2 else "train"
 
 
-def rooms_for(device: str, split: Split) -> tuple[str, ...]:
-    """Rooms that a split's commands name for a device: unseen pairs of known rooms, and rooms that only it has."""
-    shared = {room for other in SPLITS if other != split for room in ROOMS[other]}
-    return tuple(room for room in ROOMS[split] if room not in shared or pair_split(device, room) == split)
+def common_rooms(device: str, split: Split) -> tuple[str, ...]:
+    """Rooms everybody has, in which a split's commands may name this device."""
+    return tuple(room for room in COMMON_ROOMS if pair_split(device, room) == split)
+
+
+def pick_room(device: str, split: Split, dice: Dice) -> str:
+    """Held out: as often a common room as one that only this split has."""
+    common = common_rooms(device, split)
+    if split == "train":
+        return dice.pick((*common, *ROOMS[split]))
+    return dice.pick(common if common and dice.chance(0.5) else ROOMS[split])
 
 
 # --- Intents ------------------------------------------------------------------------
@@ -346,11 +354,11 @@ def _place(slots: Slots, template: str, split: Split, dice: Dice) -> Slots | Non
     needs_room = "{r}" in template
     if not needs_room and ("{w}" not in template or device in ROOMLESS or dice.chance(0.35)):
         return Slots(slots.call, words)
-    rooms = rooms_for(device, split)
-    if device in ROOMLESS or not rooms:
+    if device in ROOMLESS:
         return None
-    room = dice.pick(rooms)
-    words |= {"r": room, "w": f" in the {room}", "R": dice.pick([other for other in ROOMS[split] if other != room])}
+    room = pick_room(device, split, dice)
+    decoy = dice.pick([other for other in (*COMMON_ROOMS, *ROOMS[split]) if other != room])
+    words |= {"r": room, "w": f" in the {room}", "R": decoy}
     return Slots(replace(slots.call, room=room), words)
 
 

@@ -7,7 +7,8 @@ taken back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Split = Literal["train", "valid", "test"]
@@ -16,25 +17,49 @@ PerSplit = Mapping[Split, tuple[str, ...]]
 
 SYSTEM = "Turn the smart-home command into one JSON call."
 
+COMMON_ROOMS = (
+    "kitchen", "living room", "bedroom", "bathroom", "office", "hallway", "nursery", "garage", "attic", "study",
+)  # fmt: skip
+"""Rooms that every split names; which device one may name in them is each split's own."""
+
 # Many, so that a room is copied rather than chosen from a list.
-ROOMS: PerSplit = {
-    "train": (
-        "kitchen", "living room", "bedroom", "bathroom", "office", "hallway", "garage", "attic", "basement",
-        "dining room",
-        "nursery", "study", "laundry room", "conservatory", "workshop", "porch", "garden", "terrace", "den", "loft",
-        "lounge", "closet", "gym", "sunroom", "playroom", "utility room", "music room", "master bedroom", "game room",
-        "storage room", "shed", "greenhouse", "entrance", "stairway", "lobby", "corridor", "cloakroom", "sauna",
-        "studio",
-        "barn", "patio", "veranda", "mudroom", "kids room", "dressing room", "reading room", "spare room", "foyer",
-    ),
-    "valid": (
-        "pantry", "cellar", "kitchen", "living room", "bedroom", "bathroom", "office", "hallway", "attic", "study",
-    ),
-    "test": (
-        "guest room", "library", "balcony", "kitchen", "living room", "bedroom", "bathroom", "office", "nursery",
-        "garage",
-    ),
-}  # fmt: skip
+_MORE_ROOMS = (
+    "basement", "dining room", "laundry room", "conservatory", "workshop", "porch", "garden", "terrace", "den",
+    "loft", "lounge", "closet", "gym", "sunroom", "playroom", "utility room", "music room", "master bedroom",
+    "game room", "storage room", "shed", "greenhouse", "entrance", "stairway", "lobby", "corridor", "cloakroom",
+    "sauna", "studio", "barn", "patio", "veranda", "mudroom", "kids room", "dressing room", "reading room",
+    "spare room", "foyer", "alcove", "annex", "antechamber", "apartment", "arcade", "archive", "armory", "atelier",
+    "atrium", "aviary", "backyard", "ballroom", "bakery", "bar", "bay window", "billiard room", "boathouse",
+    "boiler room", "boot room", "boudoir", "breakfast room", "bungalow", "bunk room", "cabin", "cafe", "canteen",
+    "carport", "chapel", "cinema", "classroom", "clinic", "cottage", "courtyard", "craft room", "dance hall",
+    "darkroom", "deck", "dormitory", "driveway", "drying room", "engine room", "family room", "farmhouse", "forge",
+    "front yard", "gallery", "gatehouse", "gazebo", "granny flat", "great hall", "hobby room", "home theater",
+    "hot tub", "hut", "inner court", "ironing room", "jacuzzi", "kennel", "kitchenette", "lab", "landing", "lean-to",
+    "linen room", "lodge", "mailroom", "maisonette", "meeting room", "mezzanine", "museum", "nook", "observatory",
+    "orangery", "orchard", "outhouse", "panic room", "parlor", "pavilion", "penthouse", "pergola", "piano room",
+    "pool house", "powder room", "prayer room", "print room", "quiet room", "reception", "recording booth", "rooftop",
+    "rotunda", "safe room", "salon", "schoolroom", "scullery", "server room", "sewing room", "shower",
+    "side entrance", "silo", "sitting room", "smoking room", "snug", "solarium", "spa", "stable", "staircase",
+    "steam room", "stockroom", "storefront", "summerhouse", "sun deck", "swimming pool", "tack room", "tea room",
+    "tent", "theater", "toilet", "tool shed", "tower", "treehouse", "tv room", "upper floor", "vault", "vestibule",
+    "vineyard", "waiting room", "walk-in closet", "wardrobe", "warehouse", "washroom", "west wing", "wine bar",
+    "winter garden", "wood shop", "yard", "yoga room", "ground floor", "first floor", "top floor", "back office",
+    "front hall", "north room", "red room", "blue bedroom", "children's room", "grandma's room", "tom's room",
+    "anna's bedroom", "boys' room", "pantry", "cellar", "guest room", "library", "balcony",
+)  # fmt: skip
+
+
+def deal(words: Sequence[str]) -> PerSplit:
+    """Words for each split by a stable hash: of sixteen, one to validate and two to test."""
+    splits: dict[Split, list[str]] = {split: [] for split in SPLITS}
+    for word in words:
+        bucket = zlib.crc32(word.encode()) % 16
+        splits["test" if bucket < 2 else "valid" if bucket == 2 else "train"].append(word)
+    return {split: tuple(dealt) for split, dealt in splits.items()}
+
+
+ROOMS: PerSplit = deal(_MORE_ROOMS)
+"""Rooms of one split alone. Nobody chose which: unseen words are as hard as words are."""
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "light": ("light", "lights", "lamp", "light", "lights"),
@@ -56,11 +81,12 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 ROOMLESS = frozenset({"oven", "coffee machine", "front door", "back door", "garage door"})
 """Devices of which a home has one: their commands name no room."""
 
-COLOURS: PerSplit = {
-    "train": ("red", "green", "blue", "purple", "orange", "pink", "yellow", "white", "violet", "cyan"),
-    "valid": ("magenta",),
-    "test": ("turquoise", "gold"),
-}
+COLOURS: PerSplit = deal((
+    "red", "green", "blue", "purple", "orange", "pink", "yellow", "white", "violet", "cyan", "amber", "teal",
+    "indigo", "crimson", "lavender", "peach", "mint", "salmon", "coral", "lime", "navy", "beige", "maroon", "olive",
+    "silver", "warm white", "cool white", "daylight", "ivory", "scarlet", "emerald", "aqua", "lilac", "rose",
+    "magenta", "turquoise", "gold",
+))  # fmt: skip
 
 # Of each kind others, so that a number word held out here is taught there.
 HELD_OUT: Mapping[str, Mapping[Split, tuple[int, ...]]] = {
@@ -104,7 +130,7 @@ VERBS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "garage door": {"open": ("open",), "close": ("close", "shut")},
     "front door": {"lock": ("lock",), "unlock": ("unlock",)},
     "back door": {"lock": ("lock",), "unlock": ("unlock",)},
-    "speaker": {"play": ("play music on",), "pause": ("pause", "mute")},
+    "speaker": {"play": ("play music on",), "pause": ("pause", "stop the music on")},
     "vacuum": {"start": ("start", "run", "launch"), "stop": ("stop", "halt")},
     "light": {"on": ("turn on", "switch on", "put on"), "off": ("turn off", "switch off", "put out")},
     "heating": {"on": ("turn on", "switch on", "fire up"), "off": ("turn off", "switch off", "shut off")},
