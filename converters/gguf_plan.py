@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeft.errors import ModelError
+from edgeft.models.nf4 import BLOCK
 from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 
 from . import gguf_architectures as architectures
@@ -86,7 +87,9 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     base = safetensors_rows.index(source.base)
     adapter = read_adapter(source.adapter) if source.adapter else None
     warnings: list[str] = []
-    tensors = _tensors(base, adapter, config, family, sizes, warnings)
+    tensors = _tensors(base, adapter, config, family, sizes, warnings, source.nf4)
+    if source.nf4:
+        warnings.append("merged into the base as QLoRA trained on it, rounded to NF4 (docs/export.md)")
     items, name = _items(tensors, mixture, family, sizes, config, ggml)
     if adapter is not None:
         warnings += _no_effect(adapter, ggml)
@@ -115,6 +118,7 @@ def _tensors(
     family: architectures.Family,
     sizes: architectures.Sizes,
     warnings: list[str],
+    nf4: bool,
 ) -> dict[str, MergedTensor]:
     """GGUF name -> its weights."""
     tied = bool(config.get("tie_word_embeddings", HEAD not in base))
@@ -133,7 +137,7 @@ def _tensors(
         order = None
         if architectures.permutes_rows(family, name):
             order = architectures.rotary_order(base[name].shape[0], sizes.head)
-        merged[gguf] = MergedTensor(base[name], change, order)
+        merged[gguf] = MergedTensor(base[name], change, order, nf4=nf4 and _is_nf4(name, base[name]))
     embedding = merged["token_embd.weight"].shape
     output = merged.get("output.weight")
     if adapter and output is not None and output.shape != embedding:
@@ -160,6 +164,11 @@ def _tie(
     names[HEAD] = "output.weight"
     base[HEAD] = (embedding.base if embedding and embedding.base else None) or base[EMBEDDING]
     warnings.append("the adapter changes embedding and head separately; the file stores both, the base shared them")
+
+
+def _is_nf4(name: str, stored: StoredTensor) -> bool:
+    """As `edgeft.models.nf4.kept` has it: linear layers between embedding and head, of whole blocks per row."""
+    return ".layers." in name and len(stored.shape) == 2 and stored.columns % BLOCK == 0
 
 
 def _still_tied(adapter: Adapter, embedding: Change | None, separate: Change | None, base: StoredTensor) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from edgeft.errors import ModelError
 
+from . import nf4
 from .adapter import Change
 from .ggml import Ggml
 from .safetensors_rows import Reader, StoredTensor
@@ -39,15 +40,19 @@ class Scratch(threading.local):
 class MergedTensor:
     """One weight of the merged model, W + what the adapter does to it (see `adapter.Change`)."""
 
-    def __init__(self, base: StoredTensor, change: Change | None = None, order: Order | None = None) -> None:
+    def __init__(
+        self, base: StoredTensor, change: Change | None = None, order: Order | None = None, *, nf4: bool = False
+    ) -> None:
         """
         Args:
+            nf4: W is the base's weight as QLoRA trains on it (see edgeft.converters.nf4).
             order: which source row each output row is; a permutation inside groups of rows, and slabs must hold
                 whole groups.
         """
         self.change = change or Change()
         self.source = self.change.replacement or self.change.base or base
         self.order = order
+        self.nf4 = nf4 and self.source is base
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,6 +81,7 @@ class LoadedTensor:
     def __init__(self, tensor: MergedTensor, reader: Reader, ggml: Ggml) -> None:
         self._tensor, self._reader, self._ggml = tensor, reader, ggml
         self._scratch = _SCRATCH
+        self._nf4 = self._nf4_scales() if tensor.nf4 else None
         self._left, self._right = self._factors()
         self._magnitude = self._vector(tensor.change.magnitude)
         self._column_factor = self._embedding_magnitude()
@@ -121,7 +127,25 @@ class LoadedTensor:
             raw = ordered
         weights = self._scratch.floats("weights", stop - start, source.columns)
         self._ggml.widen(source.dtype, raw, weights)
+        if self._nf4 is not None:
+            scales = self._nf4[start:stop] if order is None else self._nf4[order[start:stop]]
+            weights[:] = nf4.round_trip(weights, scales)
         return self._ordered(weights[0])[None] if len(source.shape) == 1 else weights
+
+    def _nf4_scales(self) -> Floats:
+        """(rows, blocks per row); they are rounded together, which takes all rows: one pass before the real one."""
+        source = self._tensor.source
+        raw = np.empty(source.bytes // source.rows * _PASS_ROWS, np.uint8)
+        weights = np.empty((_PASS_ROWS, source.columns), np.float32)
+        found = []
+        for start in range(0, source.rows, _PASS_ROWS):
+            count = min(_PASS_ROWS, source.rows - start)
+            part, wide = raw[: source.bytes // source.rows * count], weights[:count]
+            self._reader.read(source, start, count, part)
+            self._ggml.widen(source.dtype, part, wide)
+            self._check_finite(wide, start, ordered=False)
+            found.append(nf4.peaks(wide))
+        return nf4.stored_scales(np.concatenate(found))
 
     def _ordered(self, vector: Floats | None) -> Floats:
         assert vector is not None
@@ -164,7 +188,7 @@ class LoadedTensor:
     def _whole(self, stored: StoredTensor) -> Floats:
         return read_whole(self._reader, self._ggml, stored)
 
-    def _check_finite(self, weights: Floats, start: int) -> None:
+    def _check_finite(self, weights: Floats, start: int, *, ordered: bool = True) -> None:
         # A sum of squares is NaN or infinite when any value is, and costs a tenth of looking at each; a sum that
         # overflows although all values are finite sends it to the exact test.
         flat = weights.reshape(-1)
@@ -175,9 +199,9 @@ class LoadedTensor:
         if bad.size == 0:
             return
         row, source = start + int(bad[0]), self._tensor.source
-        if self._tensor.order is not None and len(source.shape) > 1:
+        if ordered and self._tensor.order is not None and len(source.shape) > 1:
             row = int(self._tensor.order[row])
-        merged = "" if self._tensor.change == Change() else " after the adapter is added"
+        merged = "" if self._tensor.change == Change() or not ordered else " after the adapter is added"
         raise ModelError(
             f"{source.file}: tensor {source.name} is NaN or infinite in row {row}{merged}",
             "The model is damaged or its training diverged; nothing was written.",

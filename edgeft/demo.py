@@ -49,7 +49,11 @@ def stages(folder: Path) -> list[Stage]:
     """What the demo runs, writing below `folder`."""
     run, file = str(folder / "run"), str(folder / f"{DATA}-q4.gguf")
     resume = (folder / "run" / "config.toml").is_file()
-    train = ("train", "--resume", run) if resume else ("train", "--model", BASE, "--data", DATA, "--out", run)
+    train = (
+        ("train", "--resume", run)
+        if resume
+        else ("train", "--model", BASE, "--data", DATA, "--epochs", "2.2", "--out", run)
+    )
     return [
         Stage("pull", "Fetch the base model", ("models", "pull", BASE)),
         Stage(

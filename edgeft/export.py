@@ -142,7 +142,8 @@ def _from_run(found: ResolvedModel, progress: Progress) -> Origin:
         # The store may have been moved or emptied since; the reference still says what it was.
         base = resolve(str(manifest.base["reference"]), want="hf", progress=progress).path
     full = run.adapter is None
-    source = Source(base, run.adapter, str(manifest.base["reference"]), manifest.chat_template)
+    nf4 = manifest.method == "qlora"
+    source = Source(base, run.adapter, str(manifest.base["reference"]), manifest.chat_template, nf4)
     digest = None if full else manifest.base.get("digest")
     return Origin(source, run.path.absolute().name, run, digest, manifest.licence)
 

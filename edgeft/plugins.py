@@ -72,6 +72,8 @@ class Source:
     """How the user named the base."""
     chat_template: str | None = None
     """The template used in training, when it differs from the base's own."""
+    nf4: bool = False
+    """Merge into the base as QLoRA trained on it: the layers' linear weights rounded to NF4 and back."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def _report(figures: dict[str, Any]) -> None:
         f"\nexact match on {figures['examples']} unseen commands   "
         f"{share['exact_match_before']} before, {share['exact_match_after']} after\n"
         f"loss (nats per token)   {figures['nll_training_graph']:.4f} as trained (4-bit base + adapter)\n"
-        f"                        {figures['nll_merged']:.4f} merged into the 16-bit base\n"
+        f"                        {figures['nll_merged']:.4f} merged, before rounding to 4 bits\n"
         f"                        {figures['nll_file']:.4f} the file, in llama.cpp\n"
         f"file                    {figures['file']}, {figures['bytes'] / 1e6:.1f} MB, "
         f"{figures['bits_per_weight']:.2f} bits per weight\n"

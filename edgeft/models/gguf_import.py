@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from edgeft import __version__
 from edgeft.errors import UnsupportedModel, require
 from edgeft.models.gguf_header import GgufHeader, read_header
 from edgeft.models.gguf_stops import stop_token_ids
+from edgeft.models.quiet import quiet_libraries
 from edgeft.models.store import SIDECAR, atomic_directory, imports_dir, locked, read_sidecar, sweep
 from edgeft.models.tokenizer_rules import apply_rule
 from edgeft.paths import sha256_file, write_json, write_text
@@ -59,7 +57,7 @@ def import_gguf(file: Path, out: Path, *, progress: Progress | None = None, sha2
     progress = progress or Silent()
     progress.start(f"Importing {file.name}", 3, "steps")
     try:
-        with atomic_directory(out) as folder, without_bars():
+        with atomic_directory(out) as folder, quiet_libraries():
             _save_tokenizer(header, folder)
             progress.advance(1, "weights")
             _save_weights(header, folder)
@@ -70,24 +68,6 @@ def import_gguf(file: Path, out: Path, *, progress: Progress | None = None, sha2
     finally:
         progress.finish()
     return out
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Without the bars of transformers: edgeft shows its own progress."""
-    require("torch", "train")
-    logging = require("transformers.utils.logging", "train")
-    reader: Any = require("transformers.modeling_gguf_pytorch_utils", "train")
-    shown, bar = logging.is_progress_bar_enabled(), reader.tqdm
-    logging.disable_progress_bar()
-    # The GGUF reader does not go through the switch above.
-    reader.tqdm = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _save_weights(header: GgufHeader, folder: Path) -> None:

@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError, UnsupportedModel, require
+from edgeft.models import nf4
 from edgeft.train.config import TrainConfig
 from edgeft.train.hardware import Hardware
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Drop the messages that say nothing to a user; everything else still gets through."""
-    from transformers.utils import logging as transformers_logging
-
-    known = (
-        "Failed to load CPU gemm_4bit_forward",  # an optional kernel for inference
-        "The tokenizer has new PAD/BOS/EOS tokens",  # TRL aligns them; the template's own are what is trained
-    )
-
-    class Known(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            return not record.getMessage().startswith(known)
-
-    names = ("bitsandbytes.backends.cpu.ops", "transformers.trainer", "transformers.trainer_utils")
-    noise = Known()
-    for name in names:
-        logging.getLogger(name).addFilter(noise)
-    transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        # TRL still uses the old names of transformers' arguments.
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*", category=UserWarning)
-        try:
-            yield
-        finally:
-            for name in names:
-                logging.getLogger(name).removeFilter(noise)
 
 
 def load_base(path: Path, config: TrainConfig, hardware: Hardware) -> Any:
@@ -57,22 +24,30 @@ def load_base(path: Path, config: TrainConfig, hardware: Hardware) -> Any:
     attention.register()
     compute = getattr(torch, hardware.dtype)
     options: dict[str, Any] = {"dtype": torch.float32 if config.method == "full" else compute}
-    if config.method == "qlora":
-        require("bitsandbytes", "train")
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        )
     if hardware.device == "cuda":
         options["device_map"] = {"": 0}
     try:
+        if config.method == "qlora":
+            options["quantization_config"] = _nf4(path, compute)
         return transformers.AutoModelForCausalLM.from_pretrained(
             path, attn_implementation=attention.NAME, local_files_only=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from error
+
+
+def _nf4(path: Path, compute: Any) -> Any:
+    transformers, torch = require("transformers", "train"), require("torch", "train")
+    require("bitsandbytes", "train")
+    with torch.device("meta"):
+        shape = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path))
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=nf4.kept(shape),
+    )
 
 
 def add_adapter(model: Any, config: TrainConfig, base: Path) -> Any:

@@ -102,7 +102,7 @@ def make_plan(
         "packing": "documents lie end to end without padding; attention runs per document",
     }
     lengths = [len(example.tokens) for example in train]
-    step_tokens = config.batch_tokens or max(256, min(8192, sum(lengths) // 200))
+    step_tokens = config.batch_tokens or max(256, min(8192, sum(lengths) // 300))
     micro, recompute = _fit_memory(config, shape, hardware, max(lengths), step_tokens, reasons)
     per_step = max(1, round(step_tokens / micro))
     if not config.batch_tokens:
@@ -213,7 +213,7 @@ def _flops_per_token(config: TrainConfig, shape: Shape, recompute: bool, learned
 
 
 def _eval_every(plan: Schedule, train_s: float, valid_s: float) -> int:
-    """Four validations per epoch, but no more than a tenth of the training time, and at least one per run."""
+    """Four validations per epoch, but no more than a twentieth of the training time, and at least one per run."""
     per_epoch = plan.packs_per_epoch / plan.per_step
-    affordable = plan.steps * valid_s / (0.1 * train_s) if train_s else 1.0
+    affordable = plan.steps * valid_s / (0.05 * train_s) if train_s else 1.0
     return max(1, min(plan.steps, math.ceil(max(per_epoch / 4, affordable))))

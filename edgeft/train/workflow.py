@@ -164,7 +164,7 @@ def train(
         raise UsageError(f"{run.path} exists already", f"Continue it with --resume {config.out}, or choose another.")
     ready = prepared or prepare(config, progress)
     _create(run, config)
-    from edgeft.train.loading import quiet_libraries
+    from edgeft.models.quiet import quiet_libraries
 
     with quiet_libraries():
         return _train(run, ready, progress or Silent())

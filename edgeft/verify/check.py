@@ -59,7 +59,7 @@ def verify_file(
     check_names(tolerance or {})
     findings = check_texts(source, header, session, texts())
     encoded = encode_for(source, examples, session.context)
-    reference = load_reference(source.base, source.adapter)
+    reference = load_reference(source.base, source.adapter, rounded=source.nf4)
     total = compare_all(reference, session, encoded, progress)
     figures: dict[str, float | int | None] = {
         "nll_training_graph": nll_training_graph,

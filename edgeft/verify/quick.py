@@ -81,7 +81,7 @@ def check_finite(session: Session, example: Encoded) -> Finding:
 def _check_weights(
     source: Source, header: GgufHeader, session: Session, sample: Sequence[Encoded], progress: Progress | None
 ) -> list[Finding]:
-    reference = torch_reference.load_reference(source.base, source.adapter)
+    reference = torch_reference.load_reference(source.base, source.adapter, rounded=source.nf4)
     total = compare_all(reference, session, sample, progress)
     findings = check_limits(total, tolerance_for(header.bits_per_weight, total.nll_reference))
     if reference.has_adapter:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft.errors import MissingDependency, ModelError, require
-from edgeft.models.gguf_import import without_bars
+from edgeft.models import nf4
+from edgeft.models.quiet import quiet_libraries
+from edgeft.openmp import TRAINING, short_spins
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 class TorchReference:
     """Base and merged model in one set of weights: the adapter is merged in place and can be taken out again.
 
-    The base is read from its 16-bit weights, not through the 4-bit grid of QLoRA: that is what export merges into.
+    The base has the weights export merges into: its own, or for a run of QLoRA those it was trained on.
     """
 
     def __init__(self, model: Any, has_adapter: bool) -> None:
@@ -61,8 +63,11 @@ def available() -> bool:
     return all(find_spec(name) is not None for name in ("torch", "transformers", "peft"))
 
 
-def load_reference(base: Path, adapter: Path | None) -> TorchReference:
+def load_reference(base: Path, adapter: Path | None, *, rounded: bool = False) -> TorchReference:
     """Load a base model in float32 and merge an adapter into it.
+
+    Args:
+        rounded: take the base as QLoRA trained on it, rounded to NF4 by bitsandbytes itself.
 
     Raises:
         MissingDependency: torch, transformers or peft is not installed.
@@ -70,8 +75,12 @@ def load_reference(base: Path, adapter: Path | None) -> TorchReference:
     """
     if not available():
         raise MissingDependency("verifying needs torch, transformers and peft", "pip install 'edgeft[train]'")
-    with without_bars():
+    with short_spins(TRAINING):
+        require("torch", "train")  # takes turns with llama.cpp: its threads must not hold the cores
+    with quiet_libraries():
         model = _load_base(base)
+        if rounded:
+            _round_to_nf4(model)
         if adapter is not None:
             model = _with_adapter(model, base, adapter)
     return TorchReference(model.eval(), adapter is not None)
@@ -86,6 +95,16 @@ def _load_base(base: Path) -> Any:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{base} cannot be loaded: {_first_line(error)}") from error
+
+
+def _round_to_nf4(model: Any) -> None:
+    torch = require("torch", "train")
+    functional = require("bitsandbytes.functional", "train")
+    kept = nf4.kept(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name not in kept:
+            packed, state = functional.quantize_4bit(layer.weight.data, quant_type="nf4", compress_statistics=True)
+            layer.weight.data = functional.dequantize_4bit(packed, state)
 
 
 def _with_adapter(model: Any, base: Path, adapter: Path) -> Any:
