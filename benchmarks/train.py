@@ -7,7 +7,9 @@ the same base in NF4 with double quantization, an adapter of the same rank on th
 rate, the completions only. Both see the same examples of the demo data once, so the useful (unpadded) tokens are the
 same. Every measurement is a process of its own; the two take turns, so that other load on the machine hits both.
 
-speed   useful tokens per second, median over the steps after the first three; loss on one validation set afterwards
+speed   useful tokens per second, median over the steps after the first three; loss on one validation set afterwards.
+        Useful are the tokens of the examples: padding is not, and a prompt that edgeft reads once for all examples of
+        a pass counts in each of them, as it does for the rival
 memory  one optimizer step of 4 x 512 learned tokens; largest resident set minus that of an idle process that has
         imported the same libraries
 """
@@ -116,10 +118,10 @@ def data(what: str, examples: int) -> tuple[Path, list[Any], list[Any]]:
 
 def edgeft_worker(what: str, examples: int) -> dict[str, Any]:
     idle = start()
+    from edgeft.models.quiet import quiet_libraries
     from edgeft.train import memory, workflow
     from edgeft.train.config import TrainConfig
     from edgeft.train.evaluation import evaluate
-    from edgeft.train.loading import quiet_libraries
 
     base, train, valid = data(what, examples)
     tokens = sum(len(example.tokens) for example in train)
