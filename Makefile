@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: install ## train, export and run a real model (about ten minutes on two cores)
+demo: install ## train, export and run a real model (under twelve minutes on two cores)
 	$(BIN)/edgeft demo
 
 install: $(VENV)/.installed-train ## a virtual environment that can train, export and run

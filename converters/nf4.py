@@ -1,9 +1,10 @@
 """The base as QLoRA trained on it: weights rounded to NF4 with double quantization, and back.
 
 An adapter trained over a 4-bit base also learns to make up for that base's rounding. Merged into the original weights
-it makes up for errors that are not there: on SmolLM2-135M that doubled the loss. So a QLoRA run is merged into what
-bitsandbytes made of the base, computed here without torch. Levels and blocks are those of the QLoRA paper (Dettmers et
-al. 2023, arXiv 2305.14314, sections 3 and appendix E); the 8-bit scales use the dynamic map of arXiv 1511.04561.
+it makes up for errors that are not there: on SmolLM2-135M that doubled the file's loss (docs/export.md). So a QLoRA
+run is merged into what bitsandbytes made of the base, computed here without torch. Levels and blocks are those of the
+QLoRA paper (Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E); the 8-bit scales use the dynamic map of
+arXiv 1511.04561.
 """
 
 from __future__ import annotations
