@@ -53,10 +53,23 @@ TYPES: Mapping[str, GgmlType] = {
         GgmlType("Q5_0", 6, 32, 22),
         GgmlType("Q5_1", 7, 32, 24),
         GgmlType("Q8_0", 8, 32, 34),
+        GgmlType("Q2_K", 10, 256, 84),
+        GgmlType("Q3_K", 11, 256, 110),
         GgmlType("Q4_K", 12, 256, 144),
         GgmlType("Q5_K", 13, 256, 176),
         GgmlType("Q6_K", 14, 256, 210),
+        GgmlType("IQ1_S", 19, 256, 50),
+        GgmlType("IQ1_M", 29, 256, 56),
+        GgmlType("IQ2_XXS", 16, 256, 66),
+        GgmlType("IQ2_XS", 17, 256, 74),
+        GgmlType("IQ2_S", 22, 256, 82),
+        GgmlType("IQ3_XXS", 18, 256, 98),
+        GgmlType("IQ3_S", 21, 256, 110),
         GgmlType("IQ4_NL", 20, 32, 18),
+        GgmlType("IQ4_XS", 23, 256, 136),
+        GgmlType("TQ1_0", 34, 256, 54),
+        GgmlType("TQ2_0", 35, 256, 66),
+        GgmlType("MXFP4", 39, 32, 17),
     )
 }
 """Numbers and sizes from `ggml.h` and `ggml-common.h`; a library that disagrees is refused."""
@@ -67,7 +80,7 @@ _LIBRARIES = (
 )
 _SYMBOLS = (
     "ggml_quantize_chunk",
-    "ggml_quantize_init",
+    "ggml_get_type_traits",
     "ggml_validate_row_data",
     "ggml_blck_size",
     "ggml_type_size",
@@ -92,6 +105,19 @@ def ggml_library() -> Path:
                 if found := sorted(Path(location, folder).glob(pattern)):
                     return found[0]
     raise MissingDependency("no library with ggml's quantizers is installed", "pip install 'edgeft[export]'")
+
+
+class _Traits(ctypes.Structure):
+    """The head of `struct ggml_type_traits` in `ggml.h`."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("interleave", ctypes.c_int64),
+        ("bytes", ctypes.c_size_t),
+        ("quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
 
 
 class Ggml:
@@ -119,6 +145,8 @@ class Ggml:
         library.ggml_quantize_chunk.restype = ctypes.c_size_t
         library.ggml_validate_row_data.argtypes = [kind, pointer, ctypes.c_size_t]
         library.ggml_validate_row_data.restype = ctypes.c_bool
+        library.ggml_get_type_traits.argtypes = [kind]
+        library.ggml_get_type_traits.restype = pointer
         library.ggml_blck_size.restype = count
         library.ggml_type_size.restype = ctypes.c_size_t
         library.ggml_type_name.restype = ctypes.c_char_p
@@ -134,14 +162,14 @@ class Ggml:
             expected = (kind.name.lower().encode(), kind.block, kind.bytes)
             if (found[0].lower(), *found[1:]) != expected:
                 raise MissingDependency(f"{self.path} has {found} where edgeft expects {expected}", _REINSTALL)
-            library.ggml_quantize_init(kind.id)
 
-    def quantize(self, kind: GgmlType, weights: Floats) -> Bytes:
-        """Quantize whole rows with ggml's reference code (no importance matrix).
+    def quantize(self, kind: GgmlType, weights: Floats, importance: Floats | None = None) -> Bytes:
+        """Quantize whole rows with ggml's reference code.
 
         Args:
             weights: (rows, columns), C-contiguous, finite. ggml aborts the process on a shape it cannot store, so
                 that is checked here.
+            importance: (columns,), mean squared input of each column, float32.
 
         Returns:
             The rows as they are stored in a file, shape (rows, bytes per row).
@@ -154,13 +182,15 @@ class Ggml:
         rows, columns = weights.shape
         if columns % kind.block or not weights.flags.c_contiguous or weights.dtype != np.float32:
             raise ModelError(f"{columns} columns of {weights.dtype} cannot be stored as {kind.name}")
+        if importance is not None and (importance.shape != (columns,) or importance.dtype != np.float32):
+            raise ModelError(f"importance of shape {importance.shape} for {columns} columns")
         out = np.empty((rows, kind.row_bytes(columns)), np.uint8)
-        self._fill(kind, weights, out)
+        self._fill(kind, weights, out, importance)
         if not self._library.ggml_validate_row_data(kind.id, out.ctypes.data, out.nbytes):
             raise ModelError(f"values too large for {kind.name}: a block's scale does not fit into 16 bits")
         return out
 
-    def _fill(self, kind: GgmlType, weights: Floats, out: Bytes) -> None:
+    def _fill(self, kind: GgmlType, weights: Floats, out: Bytes, importance: Floats | None = None) -> None:
         library = self._library
         if kind.name == "F32":
             out[:] = weights.view("u1")
@@ -169,9 +199,21 @@ class Ggml:
         elif kind.name == "BF16":
             library.ggml_fp32_to_bf16_row_ref(weights.ctypes.data, out.ctypes.data, weights.size)
         else:
+            known = None if importance is None else importance.ctypes.data
             library.ggml_quantize_chunk(
-                kind.id, weights.ctypes.data, out.ctypes.data, 0, weights.shape[0], weights.shape[1], None
+                kind.id, weights.ctypes.data, out.ctypes.data, 0, weights.shape[0], weights.shape[1], known
             )
+
+    def dequantize(self, kind: GgmlType, raw: Bytes, columns: int) -> Floats:
+        """What a runtime makes of stored rows: (rows, bytes per row) -> (rows, columns)."""
+        import numpy as np
+
+        if kind.name == "F32":
+            return raw.view(np.float32)
+        out = np.empty((len(raw), columns), np.float32)
+        traits = _Traits.from_address(self._library.ggml_get_type_traits(kind.id))
+        traits.to_float(raw.ctypes.data, out.ctypes.data, out.size)
+        return out
 
     def widen(self, dtype: str, raw: Bytes, out: Floats) -> None:
         """Convert stored BF16, F16 or F32 values to float32, exactly. Both arrays are C-contiguous."""

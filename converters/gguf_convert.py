@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     Rounding = Literal["none", "bf16", "f16"]
 
+TERNARY, TERNARY_BLOCK = ("TQ1_0", "TQ2_0"), 256
+
 SLAB_WEIGHTS = 1 << 18
 """Weights per slab: 1 MB of float32, so that a slab and its delta stay in a core's second-level cache."""
 
@@ -102,7 +104,7 @@ def _write(details: Details, plan: Plan, ggml: Ggml, threads: int, progress: Pro
         sink = _Sink(stream)
         sink.write(details.head)
         with ThreadPoolExecutor(threads) as workers:
-            pool = _Pool(workers, reader, ggml, plan.options.round)
+            pool = _Pool(workers, reader, ggml, plan.options.round, bool(plan.options.extra.get("force")))
             try:
                 for slab in _in_order(details.items, pool, max(_SLABS_IN_FLIGHT, 4 * threads)):
                     sink.write(slab.bytes.result().reshape(-1).data)
@@ -144,6 +146,8 @@ class _Pool:
     reader: Reader
     ggml: Ggml
     rounding: Rounding
+    force: bool
+    """Store ordinary weights as ternary."""
 
     def slabs(self, item: Item) -> Iterator[Slab]:
         """A tensor's slabs, each put to work when the caller asks for it."""
@@ -164,9 +168,44 @@ class _Pool:
         if self.rounding != "none":
             self.ggml.round_to(TYPES[self.rounding.upper()], weights)
         try:
-            return self.ggml.quantize(item.type, weights)
+            if item.type.name in TERNARY and not self.force:
+                check_ternary(weights)
+            return quantize_rows(self.ggml, item, weights, start)
         except ModelError as error:
             raise ModelError(f"tensor {item.name}, rows {start} to {stop - 1}: {error.message}", error.hint) from error
+
+
+def check_ternary(weights: NDArray[np.float32]) -> None:
+    """Raises: ModelError unless every block of 256 holds -s, 0 and s only, with s a float16."""
+    blocks = np.abs(weights.reshape(-1, TERNARY_BLOCK))
+    scales = blocks.max(axis=1, keepdims=True)
+    stored = scales.astype(np.float16).astype(np.float32)
+    rounded = np.where(blocks >= stored / 2, stored, 0)
+    if np.array_equal(blocks, rounded):
+        return
+    error = float(np.sqrt(np.square(blocks - rounded).sum() / np.square(blocks).sum()))
+    raise ModelError(
+        f"the weights are not ternary: {error:.0%} of their norm would be lost",
+        "Take --to gguf-q4 (or gguf-iq2_xxs, with an importance matrix), or --force to lose it.",
+    )
+
+
+def quantize_rows(ggml: Ggml, item: Item, weights: NDArray[np.float32], start: int) -> NDArray[np.uint8]:
+    """Rows of one tensor from row `start`; each expert's with its own importance.
+
+    Raises:
+        ModelError: a value is too large for the type, or weights are not ternary that should be.
+    """
+    known = item.importance
+    if known is None or known.ndim == 1:
+        return ggml.quantize(item.type, weights, known)
+    height, done, parts = item.rows // len(known), 0, []
+    while done < len(weights):
+        expert, offset = divmod(start + done, height)
+        count = min(height - offset, len(weights) - done)
+        parts.append(ggml.quantize(item.type, weights[done : done + count], known[expert]))
+        done += count
+    return np.concatenate(parts)
 
 
 def slab_rows(item: Item) -> int:

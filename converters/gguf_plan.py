@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeft.errors import ModelError
+from edgeft.errors import ModelError, UsageError
 from edgeft.models.nf4 import BLOCK
 from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 
@@ -20,14 +20,19 @@ from . import gguf_architectures as architectures
 from . import gguf_types, safetensors_rows
 from .adapter import EMBEDDING, HEAD, Adapter, Change, check_fit, read_adapter
 from .ggml import Ggml, GgmlType
+from .gguf_fit import Request, Sensitivity, fit
 from .gguf_metadata import metadata, rope_parameters, stop_token_ids
+from .gguf_mixtures import MIXTURES, Model
 from .gguf_vocab import read_files
-from .gguf_writer import KeyValue, TensorInfo, data_size, head, uint32
+from .gguf_writer import ALIGNMENT, KeyValue, TensorInfo, data_size, head, padded, uint32
+from .importance import importance_of, read_importance, read_sensitivities
 from .merge import MergedTensor, read_whole
 from .safetensors_rows import Reader, StoredTensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
 
 QUANTIZATION_VERSION = 2
 """`general.quantization_version`: ggml's GGML_QNT_VERSION."""
@@ -45,6 +50,8 @@ class Item:
     """Weights to merge, or values that are computed (rotary factors)."""
     row_group: int = 1
     """Rows that must be read together."""
+    importance: Floats | None = None
+    """Mean squared input of every column, (columns,), or of every expert's, (experts, columns)."""
 
     @property
     def columns(self) -> int:
@@ -90,11 +97,25 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     tensors = _tensors(base, adapter, config, family, sizes, warnings, source.nf4)
     if source.nf4:
         warnings.append("merged into the base as QLoRA trained on it, rounded to NF4 (docs/export.md)")
-    items, name = _items(tensors, mixture, family, sizes, config, ggml)
+    known = _importance(options)
+    items, name, model = _items(tensors, mixture, family, sizes, config, options, known)
     if adapter is not None:
         warnings += _no_effect(adapter, ggml)
-    pairs = _metadata(source, options, config, items, gguf_types.FILE_TYPES[name], warnings)
-    return _plan(source, target, options, items, pairs, warnings, name, sizes.layers)
+    pairs = _metadata(source, options, config, items, MIXTURES[name].file_type, warnings)
+    if mixture == "fit":
+        items = _fit(items, len(head(pairs, [item.info for item in items])), options, ggml)
+    return _plan(source, target, options, items, pairs, warnings, name, model)
+
+
+def named_tensors(source: Source) -> dict[str, tuple[str, MergedTensor]]:
+    """Hugging Face name -> (GGUF name, merged weights in their own row order). Raises: ModelError, UnsupportedModel."""
+    config = read_config(source.base)
+    family = architectures.family_of(config)
+    base = safetensors_rows.index(source.base)
+    adapter = read_adapter(source.adapter) if source.adapter else None
+    found = _tensors(base, adapter, config, family, architectures.sizes_of(config), [], source.nf4)
+    names = {gguf: HEAD if gguf == "output.weight" else tensor.name for gguf, tensor in found.items()}
+    return {names[gguf]: (gguf, tensor.in_own_order()) for gguf, tensor in found.items()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -205,9 +226,10 @@ def _items(
     family: architectures.Family,
     sizes: architectures.Sizes,
     config: Mapping[str, Any],
-    ggml: Ggml,
-) -> tuple[list[Item], str]:
-    """The file's tensors in its order, and the mixture that was really used."""
+    options: ConvertOptions,
+    known: Mapping[str, Floats],
+) -> tuple[list[Item], str, Model]:
+    """The file's tensors in its order, the mixture that was really used, and what its rules were asked about."""
     sources: dict[str, MergedTensor | NDArray[np.float32]] = dict(tensors)
     if (
         family.name == "llama"
@@ -216,14 +238,78 @@ def _items(
         sources["rope_freqs.weight"] = factors
     names = sorted(sources, key=gguf_types.order)
     shapes = [gguf_types.Shape(name, sources[name].shape) for name in names]
-    name = gguf_types.best_mixture(shapes) if mixture == "best" else mixture
+    name = gguf_types.best_mixture(shapes) if mixture in ("best", "fit") else mixture
     wide = sizes.layers == 80 and (family.name == "qwen2" or (family.name == "llama" and sizes.heads != sizes.kv_heads))
-    choices = gguf_types.assign(name, shapes, sizes.layers, wide_values=wide)
+    model = Model(
+        sizes.layers,
+        gguf_types.value_tensors(shapes),
+        sizes.heads // sizes.kv_heads,
+        importance=bool(known),
+        wide_values=wide,
+    )
+    choices = gguf_types.assign(name, shapes, model, options.extra.get("types", ()))
     items = [
-        Item(shape.name, shape.shape, choice.type, choice.note, sources[shape.name], _group(sources[shape.name], sizes))
+        Item(
+            shape.name,
+            shape.shape,
+            choice.type,
+            choice.note,
+            sources[shape.name],
+            _group(sources[shape.name], sizes),
+            importance_of(known, shape),
+        )
         for shape, choice in zip(shapes, choices, strict=True)
     ]
-    return items, name
+    return items, name, model
+
+
+def _fit(items: Sequence[Item], overhead: int, options: ConvertOptions, ggml: Ggml) -> list[Item]:
+    """The same tensors in the types that lose least for the size asked for.
+
+    Args:
+        overhead: bytes of the file besides tensors.
+
+    Raises:
+        UsageError: no size or importance matrix is given, or the size is too small.
+    """
+    budget, file = _budget(items, options), options.extra.get("imatrix")
+    if file is None:
+        raise UsageError(
+            "choosing types takes what errors cost", "Give --imatrix FILE (edgeft imatrix) or --calibrate."
+        )
+    known = read_sensitivities(Path(file))
+    requests = [_request(item, known) for item in items if item.name.endswith("weight") and item.type.name != "F32"]
+    free = {request.name for request in requests}
+    fixed = sum(padded(item.info.bytes) for item in items if item.name not in free)
+    spare = len(requests) * ALIGNMENT
+    chosen = fit(requests, budget - overhead - fixed - spare, ggml, options.threads or available_cores())
+    return [replace(item, type=chosen[item.name].type, note="") if item.name in chosen else item for item in items]
+
+
+def _budget(items: Sequence[Item], options: ConvertOptions) -> int:
+    size, bits = options.extra.get("bytes"), options.extra.get("bits_per_weight")
+    if size is not None:
+        return int(size)
+    if bits is None:
+        raise UsageError("--to gguf takes a size", "Give --fit 90MB or --bpw 4.5.")
+    return int(float(bits) * sum(item.weights for item in items) / 8)
+
+
+def _request(item: Item, known: Mapping[str, list[tuple[Floats, Floats]]]) -> Request:
+    names = (item.name, "output.weight") if item.name == "token_embd.weight" else (item.name,)
+    terms = [term for name in names for term in known.get(name, ())]
+    assert isinstance(item.source, MergedTensor)
+    if not terms or any((len(rows), len(columns)) != item.shape for rows, columns in terms):
+        raise ModelError(f"the importance matrix does not fit {item.name}", "It was made for another model.")
+    order = item.source.order
+    if order is not None:
+        terms = [(rows[order], columns) for rows, columns in terms]
+    return Request(item.name, item.source, Sensitivity(tuple(terms)), item.importance, item.row_group)
+
+
+def _importance(options: ConvertOptions) -> dict[str, Floats]:
+    file = options.extra.get("imatrix")
+    return read_importance(Path(file)) if file else {}
 
 
 def _group(source: MergedTensor | NDArray[np.float32], sizes: architectures.Sizes) -> int:
@@ -298,13 +384,13 @@ def _plan(
     pairs: Sequence[KeyValue],
     warnings: list[str],
     mixture: str,
-    layers: int,
+    model: Model,
 ) -> Plan:
     infos = [item.info for item in items]
     prefix = head(pairs, infos)
     weights = sum(item.weights for item in items if isinstance(item.source, MergedTensor))
     bits = 8 * sum(info.bytes for info in infos) / weights
-    warnings += _label_notes(target, mixture, items, bits, layers)
+    warnings += _label_notes(target, mixture, items, bits, model)
     template = next((pair.value for pair in pairs if pair.key == "tokenizer.chat_template"), None)
     details = Details(
         tuple(items),
@@ -331,10 +417,12 @@ def _plan(
     )
 
 
-def _label_notes(target: str, mixture: str, items: Sequence[Item], bits: float, layers: int) -> list[str]:
+def _label_notes(target: str, mixture: str, items: Sequence[Item], bits: float, model: Model) -> list[str]:
+    if target == "gguf":
+        return []
     label = "Q4_K_M" if target == "gguf-q4" else mixture
     shapes = [gguf_types.Shape(item.name, item.shape) for item in items]
-    choices = gguf_types.assign(label, shapes, layers)
+    choices = gguf_types.assign(label, shapes, model)
     label_bytes = sum(
         item.rows * choice.type.row_bytes(item.columns) for item, choice in zip(items, choices, strict=True)
     )

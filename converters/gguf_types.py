@@ -1,24 +1,25 @@
-"""Which tensor is stored in which type: llama-quantize's mixtures, and edgeft's own for widths they do not suit.
-
-The named mixtures are the rules of llama.cpp's `llama_tensor_get_type_impl` and `tensor_type_fallback`
-(`src/llama-quant.cpp`) for dense models without an importance matrix.
-"""
+"""Which tensor is stored in which type: a mixture's rules, what the user sets, and what shapes force."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from edgeft.errors import UsageError
+
 from .ggml import TYPES, GgmlType
+from .gguf_mixtures import BEST, FALLBACK, MIXTURES, NARROW, NEEDS_IMPORTANCE, Mixture, Model
 
-FILE_TYPES: Mapping[str, int] = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15, "Q4_K_M narrow": 15, "BF16": 32}
-"""`general.file_type` of each mixture, from `llama.h`."""
+_ROLES = ("attn_qkv", "attn_kv_b", "attn_v", "attn_k", "attn_q", "attn_output", "ffn_up", "ffn_gate", "ffn_down")
+_AS_VALUES = {"attn_qkv": "attn_v", "attn_kv_b": "attn_v"}
+"""Tensors that hold values among others follow their rule."""
 
-_K_MIXTURES = ("Q4_K_M", "Q4_K_M narrow")
-
-_FALLBACK: Mapping[str, str] = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_NARROW: Mapping[str, str] = {**_FALLBACK, "Q6_K": "Q5_1"}
-"""The type of blocks of 32 that is nearest in bits: Q6_K has 6.6, Q5_1 6.0, Q8_0 8.5."""
+_KEPT = re.compile(
+    r"_norm\.weight|ffn_gate_inp\.weight|per_layer_model_proj|altup|laurel|ssm_conv1d|shortconv\.conv\.weight"
+)
+"""Never quantized: small, or not used in a matrix product."""
 
 
 @dataclass(frozen=True)
@@ -54,43 +55,104 @@ def order(name: str) -> tuple[int, str]:
     return (int(parts[1]), name) if parts[0] == "blk" else (-1, name)
 
 
-def assign(mixture: str, tensors: Sequence[Shape], layers: int, *, wide_values: bool = False) -> list[Choice]:
+def assign(
+    name: str, tensors: Sequence[Shape], model: Model, overrides: Sequence[tuple[str, str]] = ()
+) -> list[Choice]:
     """The type of every tensor, in the order given, which must be the file's.
 
     Args:
-        layers: number of layers of the model.
-        wide_values: attention values are few and get more bits (llama.cpp does so in its "70B" models).
+        name: a key of `MIXTURES`.
+        overrides: (regular expression, type); the first that is found in a tensor's name wins over the mixture, but
+            not over its shape.
+
+    Raises:
+        UsageError: an override's expression or type is none, it fits no tensor, or a type needs an importance matrix.
     """
+    mixture = MIXTURES[name]
+    wanted = check_overrides(overrides, tensors)
     tied = all(tensor.name != "output.weight" for tensor in tensors)
-    values = sum(tensor.name.endswith("attn_v.weight") for tensor in tensors)
-    seen_values = seen_downs = 0
+    seen: Counter[str] = Counter()
     choices = []
     for tensor in tensors:
         if not quantizable(tensor):
             choices.append(Choice(TYPES["F32"]))
             continue
-        kind = "Q4_K" if mixture in _K_MIXTURES else mixture
-        if tensor.name == "output.weight" or (tied and tensor.name == "token_embd.weight"):
-            kind = kind if kind in ("F16", "BF16", "Q8_0") else "Q6_K"
-        elif tensor.name.endswith("attn_v.weight"):
-            if kind == "Q4_K":
-                kind = "Q6_K" if more_bits(seen_values, values) else "Q5_K" if wide_values else kind
-            seen_values += 1
-        elif "ffn_down" in tensor.name:
-            if kind == "Q4_K":
-                kind = "Q6_K" if more_bits(seen_downs, layers) else kind
-            seen_downs += 1
-        choices.append(_fitted(kind, tensor.columns, _NARROW if mixture == "Q4_K_M narrow" else _FALLBACK))
+        role = role_of(tensor, tied)
+        kind = next((kind for pattern, kind in wanted if pattern.search(tensor.name)), None)
+        if kind is not None:  # like llama-quantize, not counted: the layers after it keep their turn
+            choices.append(_fitted(kind, tensor.columns, FALLBACK))
+            continue
+        kind = _by_rule(mixture, role, seen[role], tensor, model, narrow=name == BEST)
+        seen[role] += 1
+        choices.append(_fitted(kind, tensor.columns, NARROW if name == BEST else FALLBACK))
+    if not model.importance:
+        _check_importance(name, tensors, choices)
     return choices
 
 
+def _by_rule(mixture: Mixture, role: str, at: int, tensor: Shape, model: Model, *, narrow: bool) -> str:
+    if role == "head":
+        fits = tensor.columns % TYPES[mixture.type].block == 0 or narrow
+        return mixture.head if fits or not quantized(mixture.type) else "Q8_0"
+    if role == "embedding":
+        return mixture.embedding or mixture.type
+    if len(tensor.shape) == 3 and "experts" in mixture.rules:
+        return mixture.rules["experts"](at, model) or mixture.type
+    rule = mixture.rules.get(role)
+    kind = (rule(at, model) if rule else None) or mixture.type
+    if role == "attn_v" and model.wide_values and kind in ("Q3_K", "Q4_K"):
+        return "Q5_K"
+    return kind
+
+
+def role_of(tensor: Shape, tied: bool) -> str:
+    if tensor.name == "output.weight" or (tied and tensor.name == "token_embd.weight"):
+        return "head"
+    if tensor.name == "token_embd.weight":
+        return "embedding"
+    role = next((role for role in _ROLES if role in tensor.name), "")
+    return _AS_VALUES.get(role, role)
+
+
+def value_tensors(tensors: Sequence[Shape]) -> int:
+    return sum(role_of(tensor, False) == "attn_v" for tensor in tensors if quantizable(tensor))
+
+
+def check_overrides(
+    overrides: Sequence[tuple[str, str]], tensors: Sequence[Shape]
+) -> list[tuple[re.Pattern[str], str]]:
+    """Raises: UsageError."""
+    found = []
+    for expression, kind in overrides:
+        if kind.upper() not in TYPES:
+            raise UsageError(f"no tensor type {kind!r}", f"There are: {', '.join(TYPES)}.")
+        try:
+            pattern = re.compile(expression)
+        except re.error as error:
+            raise UsageError(f"{expression!r} is not a regular expression: {error}") from error
+        if not any(pattern.search(tensor.name) for tensor in tensors if quantizable(tensor)):
+            raise UsageError(f"no tensor's name fits {expression!r}", "--dry-run lists the names.")
+        found.append((pattern, kind.upper()))
+    return found
+
+
+def _check_importance(name: str, tensors: Sequence[Shape], choices: Sequence[Choice]) -> None:
+    for tensor, choice in zip(tensors, choices, strict=True):
+        if tensor.name in ("output.weight", "token_embd.weight"):
+            continue
+        if choice.type.name in NEEDS_IMPORTANCE or (name == "Q2_K_S" and choice.type.name == "Q2_K"):
+            raise UsageError(
+                f"{choice.type.name} ({tensor.name}) is only worth writing with an importance matrix",
+                "Give one with --imatrix FILE, or the text to compute it from with --calibrate DATA.",
+            )
+
+
+def quantized(kind: str) -> bool:
+    return kind not in ("F32", "F16", "BF16")
+
+
 def quantizable(tensor: Shape) -> bool:
-    return len(tensor.shape) > 1 and tensor.name.endswith("weight") and not tensor.name.endswith("_norm.weight")
-
-
-def more_bits(layer: int, layers: int) -> bool:
-    """The first and last eighth of the layers and every third between them."""
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    return len(tensor.shape) > 1 and tensor.name.endswith("weight") and not _KEPT.search(tensor.name)
 
 
 def _fitted(kind: str, columns: int, fallback: Mapping[str, str]) -> Choice:
@@ -114,7 +176,7 @@ def best_mixture(tensors: Sequence[Shape]) -> str:
     far and rounds a merged adapter away (SmolLM2-135M: KL 1.7 from the merged model, at a 0.5 % error of the weights).
     """
     fits = all(tensor.columns % 256 == 0 for tensor in tensors if quantizable(tensor))
-    return "Q4_K_M" if fits else "Q4_K_M narrow"
+    return "Q4_K_M" if fits else BEST
 
 
 def honest_label(label: str, mixture: str, bits: float, label_bits: float, fallbacks: int, total: int) -> list[str]:

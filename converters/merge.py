@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import TYPE_CHECKING
 
@@ -49,10 +50,17 @@ class MergedTensor:
             order: which source row each output row is; a permutation inside groups of rows, and slabs must hold
                 whole groups.
         """
+        self.name = base.name
         self.change = change or Change()
         self.source = self.change.replacement or self.change.base or base
         self.order = order
         self.nf4 = nf4 and self.source is base
+
+    def in_own_order(self) -> MergedTensor:
+        """The same with the rows of the source."""
+        found = copy.copy(self)
+        found.order = None
+        return found
 
     @property
     def shape(self) -> tuple[int, ...]:

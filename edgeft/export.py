@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from edgeft import plugins
 from edgeft.artifact import Artifact, write_manifest
+from edgeft.data.example import Encoded
 from edgeft.errors import ModelError, UsageError
 from edgeft.models import ResolvedModel, resolve, weights_digest
 from edgeft.plugins import Converter, ConvertOptions, Plan, Source
@@ -50,14 +51,14 @@ def prepare(
     out: Path | None = None,
     rounding: Rounding = "none",
     threads: int | None = None,
-    tokenizer_pre: str | None = None,
+    extra: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Export:
     """Find every part and plan the export; reads headers, not weights.
 
     Args:
         model: a run, an adapter directory, or any model reference (a GGUF is first imported).
-        tokenizer_pre: llama.cpp's name of the pre-tokenizer, when it cannot be told from the tokenizer.
+        extra: what only some converters know; see their `ConvertOptions.extra`.
         out: the file to write; by default `<name>-<target's short name>` in the current folder.
 
     Raises:
@@ -69,7 +70,7 @@ def prepare(
     out = out or Path(default_name(origin.name, target))
     if out.is_dir():
         raise UsageError(f"{out} is a folder", "Give the file to write with --out.")
-    options = ConvertOptions(out, rounding, threads, {"tokenizer_pre": tokenizer_pre})
+    options = ConvertOptions(out, rounding, threads, extra or {})
     return Export(origin, converter.plan(origin.source, target, options), converter)
 
 
@@ -101,6 +102,47 @@ def export(prepared: Export, progress: Progress) -> Artifact:
     return Artifact(artifact.path, manifest)
 
 
+CALIBRATION = 256
+"""Examples whose tokens are read for an importance matrix, unless said otherwise."""
+
+
+def calibrate(
+    origin: Origin, data: str | None, out: Path, examples: int = CALIBRATION, progress: Progress | None = None
+) -> Path:
+    """Write an importance matrix from training examples of a data set, by default the run's own.
+
+    Raises:
+        UsageError: there is neither a run nor a data set.
+        DataError, ModelError, MissingDependency, WriteError
+    """
+    from edgeft.importance import measure
+
+    gguf = plugins.load("converters", "gguf")
+    encoded, reference = _calibration(origin, data, examples)
+    with gguf.merged(origin.source) as weights:
+        found = measure(origin.source, weights, encoded, progress=progress)
+    gguf.write_importance(out, found, [reference], max(len(one.tokens) for one in encoded))
+    return out
+
+
+def _calibration(origin: Origin, data: str | None, examples: int) -> tuple[list[Encoded], str]:
+    from edgeft.data.encode import encode_all
+    from edgeft.data.load import load_split
+    from edgeft.verify.text_checks import trained_text
+
+    if data is None and origin.run is None:
+        raise UsageError("what text to calibrate on is not known", "Give a data set with --data or --calibrate.")
+    recorded = origin.run.manifest().data if origin.run else {}
+    reference = data or str(recorded["path"] if Path(recorded["path"]).exists() else recorded["reference"])
+    chosen = load_split(reference, "train")
+    step = max(1, len(chosen) // examples)
+    text = trained_text(origin.source)
+    encoded = encode_all(chosen[::step][:examples], text.need_template(), text.tokenize, text.eos_tokens).encoded
+    if not encoded:
+        raise UsageError(f"{reference} has no text to calibrate on")
+    return encoded, reference
+
+
 def converter_for(target: str) -> Converter:
     """The plug-in whose name a target begins with. Raises: UsageError."""
     name = target.partition("-")[0]
@@ -116,7 +158,7 @@ def converter_for(target: str) -> Converter:
 def default_name(name: str, target: str) -> str:
     """ "demo", "gguf-q4" -> "demo-q4.gguf"."""
     kind, _, short = target.partition("-")
-    return f"{name}-{short}.{kind}"
+    return f"{name}-{short or 'fit'}.{kind}"
 
 
 def find(model: str, adapter: Path | None, progress: Progress) -> Origin:

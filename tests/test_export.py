@@ -15,6 +15,7 @@ import pytest
 import tiny
 from edgeft.converters import gguf_types
 from edgeft.converters.ggml import TYPES, Ggml, ggml_library
+from edgeft.converters.gguf_mixtures import Model, more_bits
 from edgeft.converters.gguf_types import Shape
 
 from edgeft.artifact import manifest_path, read_manifest
@@ -225,7 +226,7 @@ def test_tokens_that_an_adapter_added_come_with_its_tokenizer(base: Path, tmp_pa
 
 @pytest.mark.parametrize(("layers", "more"), [(16, 8), (22, 10), (24, 12), (28, 14), (32, 16), (36, 18)])
 def test_half_of_the_layers_get_more_bits(layers: int, more: int) -> None:
-    assert sum(gguf_types.more_bits(layer, layers) for layer in range(layers)) == more
+    assert sum(more_bits(layer, layers) for layer in range(layers)) == more
 
 
 def shapes(hidden: int, *, tied: bool = True) -> list[Shape]:
@@ -246,11 +247,11 @@ def shapes(hidden: int, *, tied: bool = True) -> list[Shape]:
     ],
 )
 def test_types_of_llama_quantize(mixture: str, hidden: int, types: list[str]) -> None:
-    assert [choice.type.name for choice in gguf_types.assign(mixture, shapes(hidden), 1)] == types
+    assert [choice.type.name for choice in gguf_types.assign(mixture, shapes(hidden), Model(1, 1))] == types
 
 
 def test_an_untied_head_takes_the_bits_from_the_embedding() -> None:
-    chosen = [choice.type.name for choice in gguf_types.assign("Q4_K_M", shapes(512, tied=False), 1)]
+    chosen = [choice.type.name for choice in gguf_types.assign("Q4_K_M", shapes(512, tied=False), Model(1, 1))]
     assert chosen[:2] == ["Q6_K", "Q4_K"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,20 @@ Examples:
 """
 
 
+def _list_targets(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if not asked or context.resilient_parsing:
+        return
+    from edgeft import plugins
+
+    rows = [
+        (target.name, f"{target.bits_per_weight:g}", target.description)
+        for name in plugins.names("converters")
+        for target in plugins.load("converters", name).targets.values()
+    ]
+    print_table(("target", "bits", "what it is"), rows)
+    context.exit()
+
+
 @click.command(epilog=EPILOG)
 @click.argument("model", metavar="RUN|MODEL")
 @click.option(
@@ -38,8 +53,8 @@ Examples:
 @click.option(
     "--to",
     "target",
-    help="gguf-q4 (default: the best real 4-bit mixture for the model's shapes), gguf-q4_k_m, gguf-q4_0, gguf-q8_0, "
-    "gguf-bf16 or gguf-f16.",
+    help="gguf-q4 (default: the best real 4-bit mixture for the model's shapes), gguf-q4_k_m, gguf-q8_0 and so on; "
+    "--list shows all.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; default: NAME-q4.gguf and the like, here.")
 @click.option("--no-verify", is_flag=True, help="Do not load the file and compare it with the model afterwards.")
@@ -54,7 +69,36 @@ Examples:
 @click.option(
     "--tokenizer-pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where edgeft asks for it."
 )
+@click.option(
+    "--type-override",
+    "overrides",
+    metavar="REGEX=TYPE",
+    multiple=True,
+    help="Type of tensors whose GGUF name fits, such as 'ffn_down=q6_k'; may be repeated, the first that fits wins.",
+)
+@click.option(
+    "--imatrix",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Importance matrix (GGUF, of edgeft imatrix or llama-imatrix): errors weigh as much as columns are used.",
+)
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Make the importance matrix first, from the run's training data or --data.",
+)
+@click.option("--data", help="Data set to calibrate on, where MODEL is not a run.")
+@click.option("--fit", metavar="SIZE", help="Choose types so that the file has at most this size: 90MB, 1.2GB.")
+@click.option("--bpw", type=click.FloatRange(min=1), help="Choose types for so many bits per weight: 4.5.")
+@click.option("--force", is_flag=True, help="Store ordinary weights in a ternary type all the same.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that quantize; default: all cores.")
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_targets,
+    help="List the targets, and stop.",
+)
 @json_option
 @dry_run_option
 def export(
@@ -65,6 +109,13 @@ def export(
     no_verify: bool,
     rounding: Any,
     tokenizer_pre: str | None,
+    overrides: tuple[str, ...],
+    imatrix: Path | None,
+    calibrate: bool,
+    data: str | None,
+    fit: str | None,
+    bpw: float | None,
+    force: bool,
     threads: int | None,
     as_json: bool,
     dry_run: bool,
@@ -76,8 +127,20 @@ def export(
     """
     from edgeft import export as workflow
 
-    target = target or str(config.load()["export.target"].value)
+    target = target or ("gguf" if fit or bpw else str(config.load()["export.target"].value))
     progress = ConsoleProgress()
+    if calibrate or (imatrix is None and (fit or bpw)):
+        origin = workflow.find(model, adapter, progress)
+        imatrix = workflow.calibrate(origin, data, Path(f"{origin.name}.imatrix.gguf"), progress=progress)
+        note(f"note: wrote {imatrix}; --imatrix {imatrix} uses it again")
+    extra = {
+        "tokenizer_pre": tokenizer_pre,
+        "types": _overrides(overrides),
+        "imatrix": imatrix,
+        "bytes": _size(fit),
+        "bits_per_weight": bpw,
+        "force": force,
+    }
     prepared = workflow.prepare(
         model,
         target,
@@ -85,7 +148,7 @@ def export(
         out=out,
         rounding=rounding,
         threads=threads,
-        tokenizer_pre=tokenizer_pre,
+        extra=extra,
         progress=progress,
     )
     for warning in prepared.plan.warnings:
@@ -99,6 +162,24 @@ def export(
     findings = [] if no_verify else _verify(prepared, artifact)
     _show_result(artifact, seconds, findings, as_json)
     _fail_on(findings, artifact)
+
+
+def _overrides(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    pairs = [text.rpartition("=") for text in texts]
+    for (expression, _, _), text in zip(pairs, texts, strict=True):
+        if not expression:
+            raise click.BadParameter(f"{text!r} is not REGEX=TYPE", param_hint="--type-override")
+    return tuple((expression, kind) for expression, _, kind in pairs)
+
+
+def _size(text: str | None) -> int | None:
+    """ "90MB" -> bytes."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9.]+)\s*([KMG]?)I?B?", text.strip().upper())
+    if found is None:
+        raise click.BadParameter(f"{text!r} is not a size", param_hint="--fit")
+    return int(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]])
 
 
 def _verify(prepared: Export, artifact: Artifact) -> list[Finding]:

@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "run": ("edgeft.cli.run:run", "One prompt in, one answer out."),
     "train": ("edgeft.cli.train:train", "Fine-tune a base model on a data set."),
     "export": ("edgeft.cli.export:export", "Merge and quantize into one deployable file, in one pass."),
+    "imatrix": ("edgeft.cli.imatrix:imatrix", "Measure how much each weight matters on your own text."),
     "verify": ("edgeft.cli.verify:verify", "Prove that a file answers as the trained model does."),
     "eval": ("edgeft.cli.evaluate:evaluate", "Exact match, loss and speed of a model on held-out data."),
     "data": ("edgeft.cli.data:data", "Check, prepare and split data sets."),

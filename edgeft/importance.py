@@ -1,0 +1,233 @@
+"""How much each weight matters on the user's text: squared inputs of every layer, and gradients of its outputs.
+
+The model's weights are there one layer at a time: transformers' gradient checkpointing calls every layer a second time
+for its backward pass, and each call reads the layer's merged weights anew. Models that fit easily are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeft.data.example import Encoded
+from edgeft.errors import UnsupportedModel, require
+from edgeft.plugins import Source
+from edgeft.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+_LOGITS = 1 << 26
+"""Logits per pass: 256 MB in float32; at most 2048 tokens."""
+_KEEP_BYTES = 2 << 30
+"""Weights of models up to this size stay in memory between passes."""
+
+
+@dataclass
+class Statistics:
+    """Sums over the tokens one linear layer met."""
+
+    inputs: Any
+    """Squared inputs, (columns,)."""
+    gradients: Any
+    """Squared gradients of the outputs, (rows,)."""
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What calibration found."""
+
+    layers: Mapping[str, Statistics]
+    """GGUF name of the weight -> sums, as numpy arrays."""
+    embedding_rows: Floats
+    """How often each token was read, (vocabulary,)."""
+    embedding_gradients: Floats
+    """Squared gradients of the embedding's output, summed, (columns,)."""
+    learned: int
+    """Tokens whose prediction counts."""
+    texts: int
+
+
+def measure(
+    source: Source,
+    weights: Any,
+    encoded: Sequence[Encoded],
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Importance:
+    """One forward and one backward pass over calibration texts.
+
+    The gradients are of the log-probability of a next token drawn from the model's own prediction, at every learned
+    position: their squares are the Fisher information, the curvature of the KL divergence that an export adds.
+
+    Args:
+        weights: the converter's view of base and adapter merged (`edgeft.converters.merged.Merged`).
+
+    Raises:
+        MissingDependency: torch, transformers or accelerate is not installed.
+        UnsupportedModel: transformers builds the model otherwise than its weights are named.
+    """
+    progress = progress or Silent()
+    torch = require("torch", "train")
+    model = _empty_model(source)
+    found = _Collector(model, weights)
+    generator = torch.Generator().manual_seed(seed)
+    progress.start("Calibrating", sum(len(one.tokens) for one in encoded), "tokens")
+    try:
+        with found.hooks():
+            for batch in batches(encoded, found.vocabulary):
+                found.add(batch, generator)
+                progress.advance(sum(len(one.tokens) for one in batch))
+    finally:
+        progress.finish()
+    return found.result(len(encoded))
+
+
+def batches(encoded: Sequence[Encoded], vocabulary: int) -> Iterator[list[Encoded]]:
+    """Texts of similar length together, as many as their logits allow."""
+    most = min(2048, max(1, _LOGITS // vocabulary))
+    batch: list[Encoded] = []
+    for one in sorted(encoded, key=lambda one: len(one.tokens)):
+        if batch and len(one.tokens) * (len(batch) + 1) > most:
+            yield batch
+            batch = []
+        batch.append(one)
+    if batch:
+        yield batch
+
+
+def _empty_model(source: Source) -> Any:
+    transformers, accelerate = require("transformers", "train"), require("accelerate", "train")
+    torch = require("torch", "train")
+    from edgeft.train.hardware import cpu_bfloat16
+
+    dtype = torch.bfloat16 if cpu_bfloat16()[0] else torch.float32
+    config = transformers.AutoConfig.from_pretrained(source.base)
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.requires_grad_(False)
+    model.train()  # only then transformers recomputes layers
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    return model
+
+
+class _Collector:
+    """Fills a model with weights as its layers are called, and listens to them."""
+
+    def __init__(self, model: Any, weights: Any) -> None:
+        torch = require("torch", "train")
+        self._model, self._weights = model, weights
+        self._names = weights.gguf_names
+        self._embedding = model.get_input_embeddings()
+        self.vocabulary, width = (int(size) for size in weights.shapes["model.embed_tokens.weight"])
+        self._rows = torch.zeros(self.vocabulary, dtype=torch.float64)
+        self._columns = torch.zeros(width, dtype=torch.float64)
+        self._layers: dict[str, Statistics] = {}
+        self._learned = 0
+        self._mask: Any = None
+        layers = list(model.model.layers)
+        inside = {id(module) for layer in layers for module in layer.modules()}
+        self._keep = 4 * sum(parameter.numel() for parameter in model.parameters()) < _KEEP_BYTES
+        self._layer_names = {f"model.layers.{at}": layer for at, layer in enumerate(layers)}
+        for name, module in model.named_modules():
+            if id(module) not in inside:
+                self._fill(name, module, own=True)
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        torch = require("torch", "train")
+        handles = []
+        for name, layer in self._layer_names.items():
+            handles.append(layer.register_forward_pre_hook(lambda module, args, name=name: self._fill(name, module)))
+            if not self._keep:
+                handles.append(layer.register_forward_hook(lambda module, args, out: _empty(module)))
+        for name, module in self._model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                gguf = self._names.get(f"{name}.weight", "output.weight")
+                handles.append(module.register_forward_hook(self._listen(gguf)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _fill(self, name: str, module: Any, *, own: bool = False) -> None:
+        """Give a module its weights, and its parts theirs unless `own`."""
+        torch = require("torch", "train")
+        for path, part in [("", module)] if own else module.named_modules():
+            for key, parameter in part._parameters.items():
+                if parameter is None or not parameter.is_meta:
+                    continue
+                full = ".".join(filter(None, (name, path, key)))
+                if full not in self._names and module is self._model.get_output_embeddings():
+                    part._parameters[key] = self._embedding.weight
+                    continue
+                if full not in self._names:
+                    raise UnsupportedModel(f"{full} is not among the model's weights", "Export without calibration.")
+                values = torch.from_numpy(self._weights.read(full)).to(parameter.dtype)
+                part._parameters[key] = torch.nn.Parameter(values, requires_grad=False)
+
+    def _listen(self, name: str) -> Callable[[Any, Any, Any], None]:
+        torch = require("torch", "train")
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if not output.requires_grad:
+                return
+            known = self._layers.get(name)
+            if known is None:
+                zeros = [torch.zeros(size, dtype=torch.float64) for size in (args[0].shape[-1], output.shape[-1])]
+                known = self._layers[name] = Statistics(*zeros)
+            mask = self._mask
+            known.inputs += _squares(args[0].detach()[mask])
+            known.tokens += int(mask.sum())
+            output.register_hook(lambda gradient: known.gradients.add_(_squares(gradient[mask])))
+
+        return hook
+
+    def add(self, batch: Sequence[Encoded], generator: Any) -> None:
+        torch = require("torch", "train")
+        longest = max(len(one.tokens) for one in batch)
+        tokens = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask, learned = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
+        for row, one in enumerate(batch):
+            tokens[row, : len(one.tokens)] = torch.tensor(one.tokens)
+            mask[row, : len(one.tokens)] = True
+            # Position t predicts token t + 1.
+            learned[row, : len(one.tokens) - 1] = torch.tensor(one.learned[1:], dtype=torch.bool)
+        self._mask = mask
+        embedded = self._embedding(tokens).detach().requires_grad_()
+        output = self._model(inputs_embeds=embedded, attention_mask=mask.long(), use_cache=False)
+        scores = torch.log_softmax(output.logits[learned].float(), -1)
+        drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+        scores.gather(1, drawn).sum().backward()
+        self._rows.index_add_(0, tokens[mask], torch.ones(int(mask.sum()), dtype=torch.float64))
+        self._columns += _squares(embedded.grad[mask])
+        self._learned += int(learned.sum())
+
+    def result(self, texts: int) -> Importance:
+        layers = {
+            name: Statistics(found.inputs.float().numpy(), found.gradients.float().numpy(), found.tokens)
+            for name, found in self._layers.items()
+        }
+        return Importance(layers, self._rows.float().numpy(), self._columns.float().numpy(), self._learned, texts)
+
+
+def _squares(values: Any) -> Any:
+    """(tokens, width) -> sums of squares, (width,), float64."""
+    return values.float().square().sum(0).double()
+
+
+def _empty(module: Any) -> None:
+    torch = require("torch", "train")
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[key] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
