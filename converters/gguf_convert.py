@@ -152,12 +152,15 @@ class _Pool:
             done.set_result(item.source.view(np.uint8))
             yield Slab(item, True, 0, done)
             return
-        loaded = item.source.load(self.reader, self.ggml)
-        step = slab_rows(item)
-        for start in range(0, item.rows, step):
-            stop = min(start + step, item.rows)
-            future = self.threads.submit(self._encode, loaded, item, start, stop)
-            yield Slab(item, stop == item.rows, (stop - start) * item.columns, future)
+        step, parts = slab_rows(item), item.source.parts
+        rows = item.rows // len(parts)
+        for part in parts:
+            loaded = part.load(self.reader, self.ggml)
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                future = self.threads.submit(self._encode, loaded, item, start, stop)
+                last = part is parts[-1] and stop == rows
+                yield Slab(item, last, (stop - start) * item.columns, future)
 
     def _encode(self, loaded: LoadedTensor, item: Item, start: int, stop: int) -> NDArray[np.uint8]:
         weights = loaded.rows(start, stop)

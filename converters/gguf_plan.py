@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeft.errors import ModelError
+from edgeft.errors import ModelError, UnsupportedModel
 from edgeft.models.nf4 import BLOCK
 from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 
 from . import gguf_architectures as architectures
 from . import gguf_types, safetensors_rows
 from .adapter import EMBEDDING, HEAD, Adapter, Change, check_fit, read_adapter
+from .families.family import TOP, Family
 from .ggml import Ggml, GgmlType
-from .gguf_metadata import metadata, rope_parameters, stop_token_ids
+from .gguf_metadata import metadata, stop_token_ids
 from .gguf_vocab import read_files
 from .gguf_writer import KeyValue, TensorInfo, data_size, head, uint32
-from .merge import MergedTensor, read_whole
+from .merge import MergedTensor, Stack, read_whole
 from .safetensors_rows import Reader, StoredTensor
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Item:
     shape: tuple[int, ...]
     type: GgmlType
     note: str
-    source: MergedTensor | NDArray[np.float32]
+    source: MergedTensor | Stack | NDArray[np.float32]
     """Weights to merge, or values that are computed (rotary factors)."""
     row_group: int = 1
     """Rows that must be read together."""
@@ -82,7 +83,8 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     """Raises: ModelError, UnsupportedModel."""
     config = read_config(source.base)
     family = architectures.family_of(config)
-    architectures.check_config(config)
+    config = architectures.settings(config, family)
+    architectures.check_config(config, family)
     sizes = architectures.sizes_of(config)
     base = safetensors_rows.index(source.base)
     adapter = read_adapter(source.adapter) if source.adapter else None
@@ -94,7 +96,7 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     if adapter is not None:
         warnings += _no_effect(adapter, ggml)
     pairs = _metadata(source, options, config, items, gguf_types.FILE_TYPES[name], warnings)
-    return _plan(source, target, options, items, pairs, warnings, name, sizes.layers)
+    return _plan(source, target, options, items, pairs, warnings, name, sizes)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -112,58 +114,94 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _tensors(
-    base: dict[str, StoredTensor],
+    found: dict[str, StoredTensor],
     adapter: Adapter | None,
     config: Mapping[str, Any],
-    family: architectures.Family,
+    family: Family,
     sizes: architectures.Sizes,
     warnings: list[str],
     nf4: bool,
-) -> dict[str, MergedTensor]:
+) -> dict[str, MergedTensor | Stack]:
     """GGUF name -> its weights."""
+    base = {name: found[stored] for name, stored in architectures.text_names(family, found).items()}
+    if len(base) < len(found):
+        warnings.append(f"{len(found) - len(base)} tensors are left out: only the text model is exported")
     tied = bool(config.get("tie_word_embeddings", HEAD not in base))
     if tied and HEAD in base:
         warnings.append(f"{HEAD} is left out: config.json ties it to the embedding, so the model does not use it")
         del base[HEAD]
-    names = architectures.gguf_names(family, sizes, base, tied=tied)
-    changes = dict(adapter.changes) if adapter else {}
-    if tied:
-        _tie(base, adapter, changes, names, warnings)
+    places = architectures.places(family, sizes, base, tied=tied)
+    changes = _changes(adapter, family)
+    if tied and _unties(base, adapter, changes, family, warnings):
+        places.append(architectures.Place("output.weight", HEAD, TOP[HEAD]))
     if adapter:
         check_fit(adapter, changes, base)
-    merged = {}
-    for name, gguf in names.items():
-        change = changes.get(name)
-        order = None
-        if architectures.permutes_rows(family, name):
-            order = architectures.rotary_order(base[name].shape[0], sizes.head)
-        merged[gguf] = MergedTensor(base[name], change, order, nf4=nf4 and _is_nf4(name, base[name]))
-    embedding = merged["token_embd.weight"].shape
-    output = merged.get("output.weight")
+    merged = _merged(places, base, changes, sizes, nf4)
+    _check_rows(adapter, merged, base)
+    return merged
+
+
+def _changes(adapter: Adapter | None, family: Family) -> dict[str, Change]:
+    """What the adapter does, by the names of the tables."""
+    if adapter is None:
+        return {}
+    names = architectures.text_names(family, adapter.changes)
+    return {name: adapter.changes[named] for name, named in names.items()}
+
+
+def _merged(
+    places: Sequence[architectures.Place],
+    base: Mapping[str, StoredTensor],
+    changes: Mapping[str, Change],
+    sizes: architectures.Sizes,
+    nf4: bool,
+) -> dict[str, MergedTensor | Stack]:
+    parts: dict[str, list[MergedTensor]] = {}
+    for place in places:
+        stored, weight = base[place.tensor], place.weight
+        order = architectures.rotary_order(stored.shape[0], sizes.words["head"]) if weight.rotary else None
+        rounded = nf4 and weight.linear and _is_nf4(place.tensor, stored)
+        parts.setdefault(place.gguf, []).extend(
+            MergedTensor(piece, changes.get(place.tensor), order, nf4=rounded, plus=float(weight.plus_one))
+            for piece in place.cut(stored)
+        )
+    stacked = {place.gguf for place in places if place.stacked}
+    return {gguf: Stack(tuple(found)) if gguf in stacked else found[0] for gguf, found in parts.items()}
+
+
+def _check_rows(
+    adapter: Adapter | None, merged: Mapping[str, MergedTensor | Stack], base: Mapping[str, StoredTensor]
+) -> None:
+    embedding, output = merged["token_embd.weight"].shape, merged.get("output.weight")
     if adapter and output is not None and output.shape != embedding:
         raise ModelError(
             f"the adapter {adapter.path} does not fit {base[EMBEDDING].file.parent}: with it the embedding has shape "
             f"{embedding}, the head {output.shape}"
         )
-    return merged
 
 
-def _tie(
+def _unties(
     base: dict[str, StoredTensor],
     adapter: Adapter | None,
     changes: dict[str, Change],
-    names: dict[str, str],
+    family: Family,
     warnings: list[str],
-) -> None:
-    """Keep embedding and head one tensor when training kept them one; else give the head its own."""
+) -> bool:
+    """Whether training gave embedding and head, which the base shares, different weights; `base` then has both."""
     embedding, separate = changes.get(EMBEDDING), changes.get(HEAD)
     if adapter is None or _still_tied(adapter, embedding, separate, base[EMBEDDING]):
         changes.pop(HEAD, None)
-        return
+        return False
+    if family.head == "never":
+        raise UnsupportedModel(
+            f"the adapter {adapter.path} changes embedding and head separately, but llama.cpp has one tensor for both "
+            f"in the {family.name} family",
+            "Train neither, or both as one (ensure_weight_tying).",
+        )
     # In training, what is added to the embedding alone leaves the head with the base's weights.
-    names[HEAD] = "output.weight"
     base[HEAD] = (embedding.base if embedding and embedding.base else None) or base[EMBEDDING]
     warnings.append("the adapter changes embedding and head separately; the file stores both, the base shared them")
+    return True
 
 
 def _is_nf4(name: str, stored: StoredTensor) -> bool:
@@ -200,34 +238,31 @@ def _same_bytes(one: StoredTensor | None, other: StoredTensor | None) -> bool:
 
 
 def _items(
-    tensors: Mapping[str, MergedTensor],
+    tensors: Mapping[str, MergedTensor | Stack],
     mixture: str,
-    family: architectures.Family,
+    family: Family,
     sizes: architectures.Sizes,
     config: Mapping[str, Any],
     ggml: Ggml,
 ) -> tuple[list[Item], str]:
     """The file's tensors in its order, and the mixture that was really used."""
-    sources: dict[str, MergedTensor | NDArray[np.float32]] = dict(tensors)
-    if (
-        family.name == "llama"
-        and (factors := architectures.rope_factors(rope_parameters(config), sizes.head)) is not None
-    ):
-        sources["rope_freqs.weight"] = factors
+    sources: dict[str, MergedTensor | Stack | NDArray[np.float32]] = {**tensors, **family.extra(config)}
     names = sorted(sources, key=gguf_types.order)
     shapes = [gguf_types.Shape(name, sources[name].shape) for name in names]
     name = gguf_types.best_mixture(shapes) if mixture == "best" else mixture
-    wide = sizes.layers == 80 and (family.name == "qwen2" or (family.name == "llama" and sizes.heads != sizes.kv_heads))
-    choices = gguf_types.assign(name, shapes, sizes.layers, wide_values=wide)
+    words = sizes.words
+    grouped = family.name == "llama" and words["heads"] != words["kv_heads"]
+    wide = sizes.layers == 80 and (family.name == "qwen2" or grouped)
+    choices = gguf_types.assign(name, shapes, sizes.layers, wide_values=wide, experts=words["experts"])
     items = [
-        Item(shape.name, shape.shape, choice.type, choice.note, sources[shape.name], _group(sources[shape.name], sizes))
+        Item(shape.name, shape.shape, choice.type, choice.note, sources[shape.name], _group(sources[shape.name], words))
         for shape, choice in zip(shapes, choices, strict=True)
     ]
     return items, name
 
 
-def _group(source: MergedTensor | NDArray[np.float32], sizes: architectures.Sizes) -> int:
-    return sizes.head if isinstance(source, MergedTensor) and source.order is not None else 1
+def _group(source: MergedTensor | Stack | NDArray[np.float32], words: Mapping[str, int]) -> int:
+    return words["head"] if isinstance(source, MergedTensor) and source.order is not None else 1
 
 
 def _no_effect(adapter: Adapter, ggml: Ggml) -> list[str]:
@@ -259,7 +294,7 @@ def _metadata(
         config,
         tokenizer_dir=tokenizer,
         rows=embedding.rows,
-        parameters=sum(item.weights for item in items),
+        shapes={item.name: item.shape for item in items},
         chat_template=source.chat_template or _adapters_template(source.adapter),
         tokenizer_pre=options.extra.get("tokenizer_pre"),
         warn=warnings.append,
@@ -298,13 +333,13 @@ def _plan(
     pairs: Sequence[KeyValue],
     warnings: list[str],
     mixture: str,
-    layers: int,
+    sizes: architectures.Sizes,
 ) -> Plan:
     infos = [item.info for item in items]
     prefix = head(pairs, infos)
-    weights = sum(item.weights for item in items if isinstance(item.source, MergedTensor))
+    weights = sum(item.weights for item in items if not isinstance(item.source, np.ndarray))
     bits = 8 * sum(info.bytes for info in infos) / weights
-    warnings += _label_notes(target, mixture, items, bits, layers)
+    warnings += _label_notes(target, mixture, items, bits, sizes.layers, sizes.words["experts"])
     template = next((pair.value for pair in pairs if pair.key == "tokenizer.chat_template"), None)
     details = Details(
         tuple(items),
@@ -331,10 +366,10 @@ def _plan(
     )
 
 
-def _label_notes(target: str, mixture: str, items: Sequence[Item], bits: float, layers: int) -> list[str]:
+def _label_notes(target: str, mixture: str, items: Sequence[Item], bits: float, layers: int, experts: int) -> list[str]:
     label = "Q4_K_M" if target == "gguf-q4" else mixture
     shapes = [gguf_types.Shape(item.name, item.shape) for item in items]
-    choices = gguf_types.assign(label, shapes, layers)
+    choices = gguf_types.assign(label, shapes, layers, experts=experts)
     label_bytes = sum(
         item.rows * choice.type.row_bytes(item.columns) for item, choice in zip(items, choices, strict=True)
     )

@@ -17,6 +17,7 @@ FILE_TYPES: Mapping[str, int] = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15, "
 _K_MIXTURES = ("Q4_K_M", "Q4_K_M narrow")
 
 _FALLBACK: Mapping[str, str] = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_VALUES = ("attn_v.weight", "attn_qkv.weight")
 _NARROW: Mapping[str, str] = {**_FALLBACK, "Q6_K": "Q5_1"}
 """The type of blocks of 32 that is nearest in bits: Q6_K has 6.6, Q5_1 6.0, Q8_0 8.5."""
 
@@ -54,15 +55,19 @@ def order(name: str) -> tuple[int, str]:
     return (int(parts[1]), name) if parts[0] == "blk" else (-1, name)
 
 
-def assign(mixture: str, tensors: Sequence[Shape], layers: int, *, wide_values: bool = False) -> list[Choice]:
+def assign(
+    mixture: str, tensors: Sequence[Shape], layers: int, *, wide_values: bool = False, experts: int = 0
+) -> list[Choice]:
     """The type of every tensor, in the order given, which must be the file's.
 
     Args:
         layers: number of layers of the model.
         wide_values: attention values are few and get more bits (llama.cpp does so in its "70B" models).
+        experts: number of experts; with eight, llama.cpp gives the small attention matrices more bits.
     """
     tied = all(tensor.name != "output.weight" for tensor in tensors)
-    values = sum(tensor.name.endswith("attn_v.weight") for tensor in tensors)
+    values = sum(tensor.name.endswith(_VALUES) for tensor in tensors)
+    eight = experts == 8 and mixture not in ("F16", "BF16")
     seen_values = seen_downs = 0
     choices = []
     for tensor in tensors:
@@ -72,10 +77,15 @@ def assign(mixture: str, tensors: Sequence[Shape], layers: int, *, wide_values: 
         kind = "Q4_K" if mixture in _K_MIXTURES else mixture
         if tensor.name == "output.weight" or (tied and tensor.name == "token_embd.weight"):
             kind = kind if kind in ("F16", "BF16", "Q8_0") else "Q6_K"
-        elif tensor.name.endswith("attn_v.weight"):
+        elif tensor.name.endswith(_VALUES):
             if kind == "Q4_K":
                 kind = "Q6_K" if more_bits(seen_values, values) else "Q5_K" if wide_values else kind
+            kind = "Q8_0" if eight else kind
             seen_values += 1
+        elif eight and tensor.name.endswith("attn_k.weight"):
+            kind = "Q8_0"
+        elif eight and tensor.name.endswith("attn_output.weight"):
+            kind = "Q5_K" if kind == "Q4_K" else kind
         elif "ffn_down" in tensor.name:
             if kind == "Q4_K":
                 kind = "Q6_K" if more_bits(seen_downs, layers) else kind
@@ -85,7 +95,8 @@ def assign(mixture: str, tensors: Sequence[Shape], layers: int, *, wide_values: 
 
 
 def quantizable(tensor: Shape) -> bool:
-    return len(tensor.shape) > 1 and tensor.name.endswith("weight") and not tensor.name.endswith("_norm.weight")
+    kept = ("_norm.weight", "ffn_gate_inp.weight")
+    return len(tensor.shape) > 1 and tensor.name.endswith("weight") and not tensor.name.endswith(kept)
 
 
 def more_bits(layer: int, layers: int) -> bool:
