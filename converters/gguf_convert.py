@@ -24,7 +24,8 @@ from edgeft.progress import Progress
 from .adapter import WEIGHTS
 from .blas import single_threaded
 from .ggml import TYPES, Ggml
-from .gguf_plan import Details, Item, available_cores
+from .gguf_items import Item, available_cores
+from .gguf_plan import Details
 from .gguf_writer import padded
 from .leftovers import claim, remove_leftovers
 from .merge import LoadedTensor
@@ -156,21 +157,27 @@ class _Pool:
             done.set_result(item.source.view(np.uint8))
             yield Slab(item, True, 0, done)
             return
-        loaded = item.source.load(self.reader, self.ggml)
-        step = slab_rows(item)
-        for start in range(0, item.rows, step):
-            stop = min(start + step, item.rows)
-            future = self.threads.submit(self._encode, loaded, item, start, stop)
-            yield Slab(item, stop == item.rows, (stop - start) * item.columns, future)
+        step, parts = slab_rows(item), item.source.parts
+        rows = item.rows // len(parts)
+        for at, part in enumerate(parts):
+            known = item.importance if item.importance is None or len(parts) == 1 else item.importance[at]
+            loaded = part.load(self.reader, self.ggml)
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                future = self.threads.submit(self._encode, loaded, item, known, start, stop)
+                last = part is parts[-1] and stop == rows
+                yield Slab(item, last, (stop - start) * item.columns, future)
 
-    def _encode(self, loaded: LoadedTensor, item: Item, start: int, stop: int) -> NDArray[np.uint8]:
+    def _encode(
+        self, loaded: LoadedTensor, item: Item, importance: NDArray[np.float32] | None, start: int, stop: int
+    ) -> NDArray[np.uint8]:
         weights = loaded.rows(start, stop)
         if self.rounding != "none":
             self.ggml.round_to(TYPES[self.rounding.upper()], weights)
         try:
             if item.type.name in TERNARY and not self.force:
                 check_ternary(weights)
-            return quantize_rows(self.ggml, item, weights, start)
+            return self.ggml.quantize(item.type, weights, importance)
         except ModelError as error:
             raise ModelError(f"tensor {item.name}, rows {start} to {stop - 1}: {error.message}", error.hint) from error
 
@@ -188,24 +195,6 @@ def check_ternary(weights: NDArray[np.float32]) -> None:
         f"the weights are not ternary: {error:.0%} of their norm would be lost",
         "Take --to gguf-q4 (or gguf-iq2_xxs, with an importance matrix), or --force to lose it.",
     )
-
-
-def quantize_rows(ggml: Ggml, item: Item, weights: NDArray[np.float32], start: int) -> NDArray[np.uint8]:
-    """Rows of one tensor from row `start`; each expert's with its own importance.
-
-    Raises:
-        ModelError: a value is too large for the type, or weights are not ternary that should be.
-    """
-    known = item.importance
-    if known is None or known.ndim == 1:
-        return ggml.quantize(item.type, weights, known)
-    height, done, parts = item.rows // len(known), 0, []
-    while done < len(weights):
-        expert, offset = divmod(start + done, height)
-        count = min(height - offset, len(weights) - done)
-        parts.append(ggml.quantize(item.type, weights[done : done + count], known[expert]))
-        done += count
-    return np.concatenate(parts)
 
 
 def slab_rows(item: Item) -> int:

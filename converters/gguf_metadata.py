@@ -6,6 +6,7 @@ Keys and their meaning: ggml's `docs/gguf.md`. Where llama.cpp's converter and t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,25 +17,18 @@ import yaml  # type: ignore[import-untyped]
 
 from edgeft.errors import ModelError, UnsupportedModel
 
+from .families import family_of
+from .families.family import COMMON_KEYS, Family
+from .gguf_architectures import settings
 from .gguf_pretokenizers import recognise
 from .gguf_special import SpecialTokens, read_special_tokens, stop_token_ids, without_false_control
 from .gguf_vocab import TokenizerFiles, Vocabulary, read_files, read_json, read_vocabulary
 from .gguf_writer import KeyValue, ValueType, array, boolean, float32, string, uint32
+from .rope import rope_parameters
 
 __all__ = ["metadata", "stop_token_ids"]
 
 SIDECAR = "edgeft.json"
-
-ARCHITECTURES: Mapping[str, str] = {
-    # config.json's model_type -> general.architecture
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-}
-
-_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-"""num_key_value_heads when config.json leaves it out (transformers' configuration classes); else as many as heads."""
 
 Warn = Callable[[str], None]
 
@@ -49,7 +43,7 @@ def metadata(
     *,
     tokenizer_dir: Path | None = None,
     rows: int | None = None,
-    parameters: int = 0,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     chat_template: str | None = None,
     name: str | None = None,
     tokenizer_pre: str | None = None,
@@ -62,7 +56,7 @@ def metadata(
         config: its config.json.
         tokenizer_dir: where the tokenizer files are, when not in `model_dir` (an adapter that added tokens).
         rows: rows of the embedding that is written; config.json's vocab_size when None.
-        parameters: number of weights written; gives `general.size_label`.
+        shapes: GGUF name -> shape of every tensor written; gives `general.size_label`.
         chat_template: overrides the folder's own.
         name: overrides `general.name`.
         tokenizer_pre: overrides `tokenizer.ggml.pre`.
@@ -72,9 +66,11 @@ def metadata(
         UnsupportedModel: architecture or tokenizer that edgeft cannot express.
         ModelError: missing or contradictory files.
     """
+    family = family_of(config)
+    config = settings(config, family)
     return [
-        *_general(model_dir, config, parameters, name),
-        *_architecture(config, rows, model_dir),
+        *_general(model_dir, family.name, shapes or {}, name),
+        *_architecture(config, family, rows, model_dir),
         *_tokenizer(
             read_files(tokenizer_dir or model_dir), config, rows, chat_template, tokenizer_pre, model_dir, warn
         ),
@@ -84,8 +80,11 @@ def metadata(
 # --- general.* ----------------------------------------------------------------
 
 
-def _general(model_dir: Path, config: Mapping[str, Any], parameters: int, name: str | None) -> Iterator[KeyValue]:
+def _general(
+    model_dir: Path, architecture: str, shapes: Mapping[str, tuple[int, ...]], name: str | None
+) -> Iterator[KeyValue]:
     """Names, licence, base models and suggested sampling, from the model card and the folder's name."""
+    parameters = sum(math.prod(shape) for shape in shapes.values())
     found = _card(model_dir, parameters)
     sidecar = read_json(model_dir / SIDECAR)
     if isinstance(source := sidecar.get("imported_from"), str):
@@ -96,12 +95,20 @@ def _general(model_dir: Path, config: Mapping[str, Any], parameters: int, name: 
     if found.sampling_penalty_repeat is None and penalty is not None:
         found.sampling_penalty_repeat = penalty
     if found.size_label is None and parameters > 0:
-        found.size_label = gguf.size_label(parameters, parameters, 0, 0)
-    writer = gguf.GGUFWriter(path=None, arch=architecture(config, model_dir))
+        found.size_label = _size_label(shapes, parameters)
+    writer = gguf.GGUFWriter(path=None, arch=architecture)
     writer.add_type(gguf.GGUFType.MODEL)
     found.set_gguf_meta_model(writer)
     for key, value in writer.kv_data[0].items():
         yield _key_value(key, value)
+
+
+def _size_label(shapes: Mapping[str, tuple[int, ...]], parameters: int) -> str:
+    """ "135M"; with experts their number, and the weights of one and of what they share: "128x1.8B"."""
+    experts = [shape for name, shape in shapes.items() if "_exps." in name]
+    count = experts[0][0] if experts else 0
+    all_ = sum(math.prod(shape) for shape in experts)
+    return str(gguf.size_label(parameters, parameters - all_, all_ // count if count else 0, count))
 
 
 def _card(model_dir: Path, parameters: int) -> Any:
@@ -136,70 +143,38 @@ def _key_value(key: str, value: Any) -> KeyValue:
 # --- <architecture>.* ---------------------------------------------------------
 
 
-def architecture(config: Mapping[str, Any], model_dir: Path) -> str:
-    """`general.architecture`. Raises: UnsupportedModel."""
-    kind = str(config.get("model_type", "nameless"))
-    if kind not in ARCHITECTURES:
-        raise UnsupportedModel(f"{model_dir} is a {kind} model; edgeft exports {', '.join(ARCHITECTURES)} to GGUF")
-    return ARCHITECTURES[kind]
-
-
-def _required(config: Mapping[str, Any], key: str, model_dir: Path) -> int:
-    value = config.get(key)
-    if not isinstance(value, int):
+def _required(config: Mapping[str, Any], key: str, model_dir: Path) -> Any:
+    if config.get(key) is None:
         raise ModelError(f"{model_dir / 'config.json'} has no {key}", "Fetch the model again.")
-    return value
+    return config[key]
 
 
-def _architecture(config: Mapping[str, Any], rows: int | None, model_dir: Path) -> Iterator[KeyValue]:
-    arch, kind = architecture(config, model_dir), config["model_type"]
-    hidden, heads = (_required(config, key, model_dir) for key in ("hidden_size", "num_attention_heads"))
-    yield uint32(f"{arch}.block_count", _required(config, "num_hidden_layers", model_dir))
-    yield uint32(f"{arch}.context_length", _required(config, "max_position_embeddings", model_dir))
-    yield uint32(f"{arch}.embedding_length", hidden)
-    yield uint32(f"{arch}.feed_forward_length", _required(config, "intermediate_size", model_dir))
-    yield uint32(f"{arch}.attention.head_count", heads)
-    kv_heads = config.get("num_key_value_heads", _KV_HEADS.get(kind, heads))
-    yield uint32(f"{arch}.attention.head_count_kv", kv_heads or heads)
-    yield from _rope(config, arch)
-    yield float32(f"{arch}.attention.layer_norm_rms_epsilon", config.get("rms_norm_eps", 1e-6))
-    head_dim = config.get("head_dim") or {"qwen2": None, "qwen3": 128}.get(kind, hidden // heads)
-    if head_dim is not None:
-        yield uint32(f"{arch}.attention.key_length", head_dim)
-        yield uint32(f"{arch}.attention.value_length", head_dim)
-    if arch == "llama":
-        yield uint32("llama.vocab_size", rows or _required(config, "vocab_size", model_dir))
-        yield uint32("llama.rope.dimension_count", head_dim or hidden // heads)
+def _architecture(config: Mapping[str, Any], family: Family, rows: int | None, model_dir: Path) -> Iterator[KeyValue]:
+    config = {**config, "vocab_size": rows or _required(config, "vocab_size", model_dir)}
+    for key in (*COMMON_KEYS, *family.keys):
+        value = _required(config, key.value, model_dir) if isinstance(key.value, str) else key.value(config)
+        if value is not None:
+            yield key.make(f"{family.name}.{key.name}", value)
+    yield from _rope(config, family)
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope settings in one form, whichever generation of transformers wrote the config.
-
-    `rope_type` is always there ("default" when nothing is scaled), and so is `rope_theta`.
-    """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    return rope
-
-
-def _rope(config: Mapping[str, Any], arch: str) -> Iterator[KeyValue]:
-    rope = rope_parameters(config)
+def _rope(config: Mapping[str, Any], family: Family) -> Iterator[KeyValue]:
+    rope, prefix = rope_parameters(config), f"{family.name}.rope"
     kind = rope["rope_type"]
+    if kind not in family.rope:
+        raise UnsupportedModel(
+            f"rope scaling of type {kind!r} cannot be expressed in a GGUF of the {family.name} family"
+        )
     if kind in ("linear", "yarn"):
-        yield string(f"{arch}.rope.scaling.type", kind)
-        yield float32(f"{arch}.rope.scaling.factor", rope["factor"])
+        yield string(f"{prefix}.scaling.type", kind)
+        yield float32(f"{prefix}.scaling.factor", rope["factor"])
     if kind == "yarn":
-        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        yield uint32(f"{arch}.rope.scaling.original_context_length", original)
+        yield uint32(f"{prefix}.scaling.original_context_length", rope["original_max_position_embeddings"])
         for ours, keys in _YARN.items():
             value = next((rope[key] for key in keys if rope.get(key) is not None), None)
             if value is not None:
-                yield float32(f"{arch}.rope.scaling.{ours}", value)
-    elif kind not in ("default", "linear", "llama3"):
-        # llama3's factors are a tensor, rope_freqs.
-        raise UnsupportedModel(f"rope scaling of type {kind!r} cannot be expressed in a GGUF of this architecture")
-    yield float32(f"{arch}.rope.freq_base", rope["rope_theta"])
+                yield float32(f"{prefix}.scaling.{ours}", value)
+    yield float32(f"{prefix}.freq_base", rope["rope_theta"])
 
 
 _YARN = {

@@ -7,7 +7,7 @@ exports; `tests/test_export_parity.py` holds them against llama.cpp itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 BEST = "Q4_K_M narrow"
 """edgeft's own: Q4_K_M with the nearest types where rows do not fill blocks of 256 (docs/export.md)."""
@@ -33,6 +33,9 @@ class Model:
         return self.sharing >= 4
 
 
+_MORE = {"attn_v": "Q8_0", "attn_k": "Q8_0"}
+_MOST = {**_MORE, "attn_output": "Q5_K"}
+
 Rule = Callable[[int, Model], str | None]
 """(running number among tensors of that role, model) -> type; None: the mixture's own."""
 
@@ -49,6 +52,8 @@ class Mixture:
     """Of an embedding beside a head of its own."""
     rules: Mapping[str, Rule] = field(default_factory=dict)
     """Role -> rule. Roles are the ends of tensor names: attn_v, ffn_down and so on."""
+    of_eight_experts: Mapping[str, str] = field(default_factory=lambda: _MORE)
+    """Role -> type in models with eight experts, where attention is small beside them."""
 
 
 def _always(kind: str) -> Rule:
@@ -103,19 +108,24 @@ def _two_bits(file_type: int, kind: str, embedding: str, values: str, out: str |
     rules = {"attn_v": _two_bit_values(values), "ffn_down": _first(8, values)}
     if out:
         rules["attn_output"] = _always(out)
-    return Mixture(file_type, kind, "Q5_K", embedding, rules)
+    return Mixture(file_type, kind, "Q5_K", embedding, rules, {"attn_k": "Q4_K", "attn_output": "Q5_K"})
 
 
 _IQ3_XXS_VALUES: Rule = lambda at, model: (  # noqa: E731
     "Q4_K" if model.shares_values else None if model.importance else "IQ3_S"
 )
+_IQ3_M_DOWN: Rule = lambda at, model: (  # noqa: E731
+    "Q4_K" if at < model.layers // 8 or (model.experts == 8 and more_bits(at, model.layers)) else None
+)
 _IQ4 = {"attn_v": _shared("Q5_K"), "ffn_down": _without_importance(_first(8, "Q5_K"))}
 _Q4_K_M = {"attn_v": _values("Q6_K"), "ffn_down": _more_bits("Q6_K")}
 
-MIXTURES: Mapping[str, Mixture] = {
-    "F32": Mixture(0, "F32", "F32"),
-    "F16": Mixture(1, "F16", "F16"),
-    "BF16": Mixture(32, "BF16", "BF16"),
+_IQ_LISTED = ("IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS")
+
+_PLAIN: Mapping[str, Mixture] = {
+    "F32": Mixture(0, "F32", "F32", of_eight_experts={}),
+    "F16": Mixture(1, "F16", "F16", of_eight_experts={}),
+    "BF16": Mixture(32, "BF16", "BF16", of_eight_experts={}),
     "Q8_0": Mixture(7, "Q8_0", "Q8_0"),
     "Q4_0": Mixture(2, "Q4_0", rules={"ffn_down": _with_importance(_first(8, "Q4_1"))}),
     "Q4_1": Mixture(3, "Q4_1"),
@@ -176,13 +186,20 @@ MIXTURES: Mapping[str, Mixture] = {
     "IQ3_M": Mixture(
         27,
         "IQ3_S",
-        rules={"attn_v": _always("Q4_K"), "ffn_down": _first(8, "Q4_K"), "attn_output": _always("Q4_K")},
+        rules={"attn_v": _always("Q4_K"), "ffn_down": _IQ3_M_DOWN, "attn_output": _always("Q4_K")},
     ),
     "IQ4_NL": Mixture(25, "IQ4_NL", rules=_IQ4),
     "IQ4_XS": Mixture(30, "IQ4_XS", rules=_IQ4),
     "TQ1_0": Mixture(36, "TQ1_0", embedding="Q4_K"),
     "TQ2_0": Mixture(37, "TQ2_0", embedding="Q4_K"),
-    "MXFP4": Mixture(38, "Q8_0", "Q8_0", rules={"experts": _always("MXFP4")}),
+    "MXFP4": Mixture(38, "Q8_0", "Q8_0", rules={"experts": _always("MXFP4")}, of_eight_experts={}),
+}
+
+_LISTED = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", BEST, *_IQ_LISTED)
+_EIGHT = {**dict.fromkeys(_LISTED, _MOST), "Q3_K_L": {**_MORE, "attn_output": "Q3_K"}}
+MIXTURES: Mapping[str, Mixture] = {
+    name: replace(mixture, of_eight_experts=_EIGHT[name]) if name in _EIGHT else mixture
+    for name, mixture in _PLAIN.items()
 }
 
 FALLBACK: Mapping[str, str] = {

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeft.errors import ModelError, UsageError
+from edgeft.errors import ModelError, UnsupportedModel
 from edgeft.models.nf4 import BLOCK
 from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 
 from . import gguf_architectures as architectures
 from . import gguf_types, safetensors_rows
 from .adapter import EMBEDDING, HEAD, Adapter, Change, check_fit, read_adapter
-from .ggml import Ggml, GgmlType
-from .gguf_fit import Request, Sensitivity, fit
-from .gguf_metadata import metadata, rope_parameters, stop_token_ids
+from .families.family import TOP, Family
+from .ggml import Ggml
+from .gguf_items import Item, available_cores
+from .gguf_metadata import metadata, stop_token_ids
 from .gguf_mixtures import MIXTURES, Model
+from .gguf_size import fit_to_size
 from .gguf_vocab import read_files
-from .gguf_writer import ALIGNMENT, KeyValue, TensorInfo, data_size, head, padded, uint32
-from .importance import importance_of, read_importance, read_sensitivities
-from .merge import MergedTensor, read_whole
+from .gguf_writer import KeyValue, data_size, head, uint32
+from .importance import importance_of, read_importance
+from .merge import MergedTensor, Stack, read_whole
 from .safetensors_rows import Reader, StoredTensor
 
 if TYPE_CHECKING:
@@ -39,38 +40,6 @@ QUANTIZATION_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Item:
-    """One tensor of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: GgmlType
-    note: str
-    source: MergedTensor | NDArray[np.float32]
-    """Weights to merge, or values that are computed (rotary factors)."""
-    row_group: int = 1
-    """Rows that must be read together."""
-    importance: Floats | None = None
-    """Mean squared input of every column, (columns,), or of every expert's, (experts, columns)."""
-
-    @property
-    def columns(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def rows(self) -> int:
-        return self.weights // self.columns
-
-    @property
-    def weights(self) -> int:
-        return gguf_types.Shape(self.name, self.shape).weights
-
-    @property
-    def info(self) -> TensorInfo:
-        return TensorInfo(self.name, self.shape, self.type.id, self.rows * self.type.row_bytes(self.columns))
-
-
-@dataclass(frozen=True)
 class Details:
     """What the conversion needs beyond the plan that is shown."""
 
@@ -80,16 +49,12 @@ class Details:
     chat_template_sha256: str | None
 
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions, ggml: Ggml) -> Plan:
     """Raises: ModelError, UnsupportedModel."""
     config = read_config(source.base)
     family = architectures.family_of(config)
-    architectures.check_config(config)
+    config = architectures.settings(config, family)
+    architectures.check_config(config, family)
     sizes = architectures.sizes_of(config)
     base = safetensors_rows.index(source.base)
     adapter = read_adapter(source.adapter) if source.adapter else None
@@ -103,19 +68,30 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
         warnings += _no_effect(adapter, ggml)
     pairs = _metadata(source, options, config, items, MIXTURES[name].file_type, warnings)
     if mixture == "fit":
-        items = _fit(items, len(head(pairs, [item.info for item in items])), options, ggml)
+        items = fit_to_size(items, len(head(pairs, [item.info for item in items])), options, ggml)
     return _plan(source, target, options, items, pairs, warnings, name, model)
 
 
-def named_tensors(source: Source) -> dict[str, tuple[str, MergedTensor]]:
-    """Hugging Face name -> (GGUF name, merged weights in their own row order). Raises: ModelError, UnsupportedModel."""
+def named_tensors(source: Source) -> dict[str, tuple[MergedTensor, tuple[str, ...]]]:
+    """Hugging Face name -> merged weights in the source's own rows, and the GGUF tensors that are cut from them.
+
+    Raises:
+        ModelError, UnsupportedModel
+    """
     config = read_config(source.base)
     family = architectures.family_of(config)
-    base = safetensors_rows.index(source.base)
+    config = architectures.settings(config, family)
+    sizes = architectures.sizes_of(config)
     adapter = read_adapter(source.adapter) if source.adapter else None
-    found = _tensors(base, adapter, config, family, architectures.sizes_of(config), [], source.nf4)
-    names = {gguf: HEAD if gguf == "output.weight" else tensor.name for gguf, tensor in found.items()}
-    return {names[gguf]: (gguf, tensor.in_own_order()) for gguf, tensor in found.items()}
+    base, changes, places = _found(safetensors_rows.index(source.base), adapter, config, family, sizes, warnings=[])
+    named: dict[str, tuple[MergedTensor, tuple[str, ...]]] = {}
+    for place in places:
+        stored = base[place.tensor]
+        rounded = source.nf4 and place.weight.linear and _is_nf4(place.tensor, stored)
+        known = named[place.tensor][1] if place.tensor in named else ()
+        whole = MergedTensor(stored, changes.get(place.tensor), nf4=rounded)
+        named[place.tensor] = whole, (*known, place.gguf)
+    return named
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -133,58 +109,107 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _tensors(
-    base: dict[str, StoredTensor],
+    found: dict[str, StoredTensor],
     adapter: Adapter | None,
     config: Mapping[str, Any],
-    family: architectures.Family,
+    family: Family,
     sizes: architectures.Sizes,
     warnings: list[str],
     nf4: bool,
-) -> dict[str, MergedTensor]:
+) -> dict[str, MergedTensor | Stack]:
     """GGUF name -> its weights."""
+    base, changes, places = _found(found, adapter, config, family, sizes, warnings)
+    merged = _merged(places, base, changes, sizes, nf4)
+    _check_rows(adapter, merged, base)
+    return merged
+
+
+def _found(
+    found: dict[str, StoredTensor],
+    adapter: Adapter | None,
+    config: Mapping[str, Any],
+    family: Family,
+    sizes: architectures.Sizes,
+    warnings: list[str],
+) -> tuple[dict[str, StoredTensor], dict[str, Change], list[architectures.Place]]:
+    """What is stored and what the adapter changes, by the names of the tables, and where each goes."""
+    base = {name: found[stored] for name, stored in architectures.text_names(family, found).items()}
+    if len(base) < len(found):
+        warnings.append(f"{len(found) - len(base)} tensors are left out: only the text model is exported")
     tied = bool(config.get("tie_word_embeddings", HEAD not in base))
     if tied and HEAD in base:
         warnings.append(f"{HEAD} is left out: config.json ties it to the embedding, so the model does not use it")
         del base[HEAD]
-    names = architectures.gguf_names(family, sizes, base, tied=tied)
-    changes = dict(adapter.changes) if adapter else {}
-    if tied:
-        _tie(base, adapter, changes, names, warnings)
+    places = architectures.places(family, sizes, base, tied=tied)
+    changes = _changes(adapter, family)
+    if tied and _unties(base, adapter, changes, family, warnings):
+        places.append(architectures.Place("output.weight", HEAD, TOP[HEAD]))
     if adapter:
         check_fit(adapter, changes, base)
-    merged = {}
-    for name, gguf in names.items():
-        change = changes.get(name)
-        order = None
-        if architectures.permutes_rows(family, name):
-            order = architectures.rotary_order(base[name].shape[0], sizes.head)
-        merged[gguf] = MergedTensor(base[name], change, order, nf4=nf4 and _is_nf4(name, base[name]))
-    embedding = merged["token_embd.weight"].shape
-    output = merged.get("output.weight")
+    return base, changes, places
+
+
+def _changes(adapter: Adapter | None, family: Family) -> dict[str, Change]:
+    """What the adapter does, by the names of the tables."""
+    if adapter is None:
+        return {}
+    names = architectures.text_names(family, adapter.changes)
+    return {name: adapter.changes[named] for name, named in names.items()}
+
+
+def _merged(
+    places: Sequence[architectures.Place],
+    base: Mapping[str, StoredTensor],
+    changes: Mapping[str, Change],
+    sizes: architectures.Sizes,
+    nf4: bool,
+) -> dict[str, MergedTensor | Stack]:
+    parts: dict[str, list[MergedTensor]] = {}
+    for place in places:
+        stored, weight = base[place.tensor], place.weight
+        order = architectures.rotary_order(stored.shape[0], sizes.words["head"]) if weight.rotary else None
+        rounded = nf4 and weight.linear and _is_nf4(place.tensor, stored)
+        parts.setdefault(place.gguf, []).extend(
+            MergedTensor(piece, changes.get(place.tensor), order, nf4=rounded, plus=float(weight.plus_one))
+            for piece in place.cut(stored)
+        )
+    stacked = {place.gguf for place in places if place.stacked}
+    return {gguf: Stack(tuple(found)) if gguf in stacked else found[0] for gguf, found in parts.items()}
+
+
+def _check_rows(
+    adapter: Adapter | None, merged: Mapping[str, MergedTensor | Stack], base: Mapping[str, StoredTensor]
+) -> None:
+    embedding, output = merged["token_embd.weight"].shape, merged.get("output.weight")
     if adapter and output is not None and output.shape != embedding:
         raise ModelError(
             f"the adapter {adapter.path} does not fit {base[EMBEDDING].file.parent}: with it the embedding has shape "
             f"{embedding}, the head {output.shape}"
         )
-    return merged
 
 
-def _tie(
+def _unties(
     base: dict[str, StoredTensor],
     adapter: Adapter | None,
     changes: dict[str, Change],
-    names: dict[str, str],
+    family: Family,
     warnings: list[str],
-) -> None:
-    """Keep embedding and head one tensor when training kept them one; else give the head its own."""
+) -> bool:
+    """Whether training gave embedding and head, which the base shares, different weights; `base` then has both."""
     embedding, separate = changes.get(EMBEDDING), changes.get(HEAD)
     if adapter is None or _still_tied(adapter, embedding, separate, base[EMBEDDING]):
         changes.pop(HEAD, None)
-        return
+        return False
+    if family.head == "never":
+        raise UnsupportedModel(
+            f"the adapter {adapter.path} changes embedding and head separately, but llama.cpp has one tensor for both "
+            f"in the {family.name} family",
+            "Train neither, or both as one (ensure_weight_tying).",
+        )
     # In training, what is added to the embedding alone leaves the head with the base's weights.
-    names[HEAD] = "output.weight"
     base[HEAD] = (embedding.base if embedding and embedding.base else None) or base[EMBEDDING]
     warnings.append("the adapter changes embedding and head separately; the file stores both, the base shared them")
+    return True
 
 
 def _is_nf4(name: str, stored: StoredTensor) -> bool:
@@ -221,31 +246,28 @@ def _same_bytes(one: StoredTensor | None, other: StoredTensor | None) -> bool:
 
 
 def _items(
-    tensors: Mapping[str, MergedTensor],
+    tensors: Mapping[str, MergedTensor | Stack],
     mixture: str,
-    family: architectures.Family,
+    family: Family,
     sizes: architectures.Sizes,
     config: Mapping[str, Any],
     options: ConvertOptions,
     known: Mapping[str, Floats],
 ) -> tuple[list[Item], str, Model]:
     """The file's tensors in its order, the mixture that was really used, and what its rules were asked about."""
-    sources: dict[str, MergedTensor | NDArray[np.float32]] = dict(tensors)
-    if (
-        family.name == "llama"
-        and (factors := architectures.rope_factors(rope_parameters(config), sizes.head)) is not None
-    ):
-        sources["rope_freqs.weight"] = factors
+    sources: dict[str, MergedTensor | Stack | NDArray[np.float32]] = {**tensors, **family.extra(config)}
     names = sorted(sources, key=gguf_types.order)
     shapes = [gguf_types.Shape(name, sources[name].shape) for name in names]
     name = gguf_types.best_mixture(shapes) if mixture in ("best", "fit") else mixture
-    wide = sizes.layers == 80 and (family.name == "qwen2" or (family.name == "llama" and sizes.heads != sizes.kv_heads))
+    words = sizes.words
+    grouped = family.name == "llama" and words["heads"] != words["kv_heads"]
     model = Model(
         sizes.layers,
         gguf_types.value_tensors(shapes),
-        sizes.heads // sizes.kv_heads,
+        words["heads"] // words["kv_heads"],
+        words["experts"],
         importance=bool(known),
-        wide_values=wide,
+        wide_values=sizes.layers == 80 and (family.name == "qwen2" or grouped),
     )
     choices = gguf_types.assign(name, shapes, model, options.extra.get("types", ()))
     items = [
@@ -255,7 +277,7 @@ def _items(
             choice.type,
             choice.note,
             sources[shape.name],
-            _group(sources[shape.name], sizes),
+            _group(sources[shape.name], words),
             importance_of(known, shape),
         )
         for shape, choice in zip(shapes, choices, strict=True)
@@ -263,57 +285,13 @@ def _items(
     return items, name, model
 
 
-def _fit(items: Sequence[Item], overhead: int, options: ConvertOptions, ggml: Ggml) -> list[Item]:
-    """The same tensors in the types that lose least for the size asked for.
-
-    Args:
-        overhead: bytes of the file besides tensors.
-
-    Raises:
-        UsageError: no size or importance matrix is given, or the size is too small.
-    """
-    budget, file = _budget(items, options), options.extra.get("imatrix")
-    if file is None:
-        raise UsageError(
-            "choosing types takes what errors cost", "Give --imatrix FILE (edgeft imatrix) or --calibrate."
-        )
-    known = read_sensitivities(Path(file))
-    requests = [_request(item, known) for item in items if item.name.endswith("weight") and item.type.name != "F32"]
-    free = {request.name for request in requests}
-    fixed = sum(padded(item.info.bytes) for item in items if item.name not in free)
-    spare = len(requests) * ALIGNMENT
-    chosen = fit(requests, budget - overhead - fixed - spare, ggml, options.threads or available_cores())
-    return [replace(item, type=chosen[item.name].type, note="") if item.name in chosen else item for item in items]
-
-
-def _budget(items: Sequence[Item], options: ConvertOptions) -> int:
-    size, bits = options.extra.get("bytes"), options.extra.get("bits_per_weight")
-    if size is not None:
-        return int(size)
-    if bits is None:
-        raise UsageError("--to gguf takes a size", "Give --fit 90MB or --bpw 4.5.")
-    return int(float(bits) * sum(item.weights for item in items) / 8)
-
-
-def _request(item: Item, known: Mapping[str, list[tuple[Floats, Floats]]]) -> Request:
-    names = (item.name, "output.weight") if item.name == "token_embd.weight" else (item.name,)
-    terms = [term for name in names for term in known.get(name, ())]
-    assert isinstance(item.source, MergedTensor)
-    if not terms or any((len(rows), len(columns)) != item.shape for rows, columns in terms):
-        raise ModelError(f"the importance matrix does not fit {item.name}", "It was made for another model.")
-    order = item.source.order
-    if order is not None:
-        terms = [(rows[order], columns) for rows, columns in terms]
-    return Request(item.name, item.source, Sensitivity(tuple(terms)), item.importance, item.row_group)
-
-
 def _importance(options: ConvertOptions) -> dict[str, Floats]:
     file = options.extra.get("imatrix")
     return read_importance(Path(file)) if file else {}
 
 
-def _group(source: MergedTensor | NDArray[np.float32], sizes: architectures.Sizes) -> int:
-    return sizes.head if isinstance(source, MergedTensor) and source.order is not None else 1
+def _group(source: MergedTensor | Stack | NDArray[np.float32], words: Mapping[str, int]) -> int:
+    return words["head"] if isinstance(source, MergedTensor) and source.order is not None else 1
 
 
 def _no_effect(adapter: Adapter, ggml: Ggml) -> list[str]:
@@ -345,7 +323,7 @@ def _metadata(
         config,
         tokenizer_dir=tokenizer,
         rows=embedding.rows,
-        parameters=sum(item.weights for item in items),
+        shapes={item.name: item.shape for item in items},
         chat_template=source.chat_template or _adapters_template(source.adapter),
         tokenizer_pre=options.extra.get("tokenizer_pre"),
         warn=warnings.append,
@@ -388,7 +366,7 @@ def _plan(
 ) -> Plan:
     infos = [item.info for item in items]
     prefix = head(pairs, infos)
-    weights = sum(item.weights for item in items if isinstance(item.source, MergedTensor))
+    weights = sum(item.weights for item in items if not isinstance(item.source, np.ndarray))
     bits = 8 * sum(info.bytes for info in infos) / weights
     warnings += _label_notes(target, mixture, items, bits, model)
     template = next((pair.value for pair in pairs if pair.key == "tokenizer.chat_template"), None)

@@ -91,6 +91,7 @@ def assign(
 
 
 def _by_rule(mixture: Mixture, role: str, at: int, tensor: Shape, model: Model, *, narrow: bool) -> str:
+    """llama-quantize's order of rules: head and embedding, experts in MXFP4, eight experts, the role's own."""
     if role == "head":
         fits = tensor.columns % TYPES[mixture.type].block == 0 or narrow
         return mixture.head if fits or not quantized(mixture.type) else "Q8_0"
@@ -98,6 +99,8 @@ def _by_rule(mixture: Mixture, role: str, at: int, tensor: Shape, model: Model, 
         return mixture.embedding or mixture.type
     if len(tensor.shape) == 3 and "experts" in mixture.rules:
         return mixture.rules["experts"](at, model) or mixture.type
+    if model.experts == 8 and role in mixture.of_eight_experts:
+        return mixture.of_eight_experts[role]
     rule = mixture.rules.get(role)
     kind = (rule(at, model) if rule else None) or mixture.type
     if role == "attn_v" and model.wide_values and kind in ("Q3_K", "Q4_K"):

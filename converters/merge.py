@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,10 +43,17 @@ class MergedTensor:
     """One weight of the merged model, W + what the adapter does to it (see `adapter.Change`)."""
 
     def __init__(
-        self, base: StoredTensor, change: Change | None = None, order: Order | None = None, *, nf4: bool = False
+        self,
+        base: StoredTensor,
+        change: Change | None = None,
+        order: Order | None = None,
+        *,
+        nf4: bool = False,
+        plus: float = 0.0,
     ) -> None:
         """
         Args:
+            plus: what is added to every weight of the result.
             nf4: W is the base's weight as QLoRA trains on it (see edgeft.converters.nf4).
             order: which source row each output row is; a permutation inside groups of rows, and slabs must hold
                 whole groups.
@@ -55,6 +63,11 @@ class MergedTensor:
         self.source = self.change.replacement or self.change.base or base
         self.order = order
         self.nf4 = nf4 and self.source is base
+        self.plus = np.float32(plus)
+
+    @property
+    def parts(self) -> tuple[MergedTensor, ...]:
+        return (self,)
 
     def in_own_order(self) -> MergedTensor:
         """The same with the rows of the source."""
@@ -81,6 +94,21 @@ class MergedTensor:
         for part in self.inputs:
             reader.open(part)
         return LoadedTensor(self, reader, ggml)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Tensors of one shape that become one tensor: experts, norms of heads."""
+
+    parts: tuple[MergedTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def order(self) -> None:
+        """Rows are in their places."""
 
 
 class LoadedTensor:
@@ -111,6 +139,8 @@ class LoadedTensor:
             self._replace_tokens(weights, start, stop)
         if change.offset is not None:
             weights += self._ordered(self._vector(change.offset)) * np.float32(change.scale)
+        if self._tensor.plus:
+            weights += self._tensor.plus
         self._check_finite(weights, start)
         return weights
 

