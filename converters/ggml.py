@@ -74,6 +74,9 @@ TYPES: Mapping[str, GgmlType] = {
 }
 """Numbers and sizes from `ggml.h` and `ggml-common.h`; a library that disagrees is refused."""
 
+_WEIGHTED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS")
+"""ggml aborts the process when these are quantized without an importance matrix."""
+
 _LIBRARIES = (
     ("llama_cpp", "lib", ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.so.*")),
     ("xllamacpp", "", ("xllamacpp*.so", "xllamacpp*.pyd")),
@@ -182,6 +185,8 @@ class Ggml:
         rows, columns = weights.shape
         if columns % kind.block or not weights.flags.c_contiguous or weights.dtype != np.float32:
             raise ModelError(f"{columns} columns of {weights.dtype} cannot be stored as {kind.name}")
+        if importance is None and kind.name in _WEIGHTED:
+            raise ModelError(f"{kind.name} cannot be written without an importance matrix", "Give one with --imatrix.")
         if importance is not None and (importance.shape != (columns,) or importance.dtype != np.float32):
             raise ModelError(f"importance of shape {importance.shape} for {columns} columns")
         out = np.empty((rows, kind.row_bytes(columns)), np.uint8)

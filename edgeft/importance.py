@@ -7,6 +7,7 @@ for its backward pass, and each call reads the layer's merged weights anew. Mode
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -187,7 +188,7 @@ class _Collector:
             mask = self._mask
             known.inputs += _squares(args[0].detach()[mask])
             known.tokens += int(mask.sum())
-            output.register_hook(lambda gradient: known.gradients.add_(_squares(gradient[mask])))
+            output.register_hook(functools.partial(_add_squares, known, mask))
 
         return hook
 
@@ -219,6 +220,10 @@ class _Collector:
             for gguf, gradients in zip(cut, parts, strict=True):
                 layers[gguf] = Statistics(found.inputs.float().numpy(), gradients, found.tokens)
         return Importance(layers, self._rows.float().numpy(), self._columns.float().numpy(), self._learned, texts)
+
+
+def _add_squares(known: Statistics, mask: Any, gradient: Any) -> None:
+    known.gradients += _squares(gradient[mask])
 
 
 def _squares(values: Any) -> Any:

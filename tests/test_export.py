@@ -281,7 +281,7 @@ def test_quantized_values_are_close(kind: str) -> None:
     from gguf import GGMLQuantizationType, dequantize
 
     weights = np.random.default_rng(0).standard_normal((4, 512)).astype(np.float32)
-    stored = Ggml(ggml_library()).quantize(TYPES[kind], weights)
+    stored = Ggml(ggml_library()).quantize(TYPES[kind], weights, np.ones(512, np.float32))
     assert stored.shape == (4, TYPES[kind].row_bytes(512))
     dtype = {"F32": np.float32, "F16": np.float16}.get(kind)
     back = stored.view(dtype).astype(np.float32) if dtype else dequantize(stored, GGMLQuantizationType[kind])
