@@ -207,13 +207,14 @@ def _worker(source: str) -> None:
     sys.path.insert(0, source)
     import convert_hf_to_gguf  # type: ignore[import-not-found]
 
+    kinds = convert_hf_to_gguf.get_model_class("LlamaForCausalLM").__mro__
+    hashing = next(kind for kind in kinds if "get_vocab_base_pre" in vars(kind))
+    by_hash = hashing.get_vocab_base_pre
     for line in sys.stdin:
         job = Job(**json.loads(line))
         sys.argv = ["convert_hf_to_gguf.py", job.model, "--outtype", "bf16", "--outfile", job.bf16]
         sys.argv += ["--vocab-only"] if job.vocab_only else []
-        if job.pre:
-            convert_hf_to_gguf.get_model_class("LlamaForCausalLM").get_vocab_base_pre = lambda *_, job=job: job.pre
-            convert_hf_to_gguf.get_model_class("Qwen2ForCausalLM").get_vocab_base_pre = lambda *_, job=job: job.pre
+        hashing.get_vocab_base_pre = (lambda *_, job=job: job.pre) if job.pre else by_hash
         convert_hf_to_gguf.main()
         for target, out in job.quantized.items():
             quantize(Path(job.bf16), Path(out), target)

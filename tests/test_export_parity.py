@@ -9,8 +9,10 @@ from typing import Any
 import parity_cases as parity
 import pytest
 import reference
+import tiny_families
 from parity_cases import Case, Exported
 from reference import FILE_TYPES, Job, Reference
+from tiny_families import FamilyCase
 
 from edgeft import plugins
 from edgeft.artifact import Artifact
@@ -50,6 +52,15 @@ def test_every_tensor_is_byte_identical(exported: Exported, target: str) -> None
     ours, theirs = (reference.read_gguf(file) for file in (exported.ours(target), exported.theirs(target)))
     assert parity.different_tensors(ours, theirs) == []
     assert list(parity.unexplained(ours, theirs)) == []
+
+
+@pytest.mark.parametrize("case", tiny_families.CONVERTED, ids=lambda case: case.label)
+def test_every_family_is_byte_identical(case: FamilyCase, llama_cpp: Reference, tmp_path: Path) -> None:
+    exported = parity.prepare_family(case, tmp_path, llama_cpp)
+    for target in FILE_TYPES:
+        ours, theirs = (reference.read_gguf(file) for file in (exported.ours(target), exported.theirs(target)))
+        assert parity.different_tensors(ours, theirs) == [], target
+        assert list(parity.unexplained(ours, theirs)) == [], target
 
 
 @pytest.mark.parametrize("tokenizer", reference.ROWS)
