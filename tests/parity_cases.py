@@ -39,11 +39,15 @@ class Case:
         return f"{self.tokenizer}-{self.shape.label}"
 
 
+_HASHED = [name for name in reference.ROWS if name != "gemma3"]
+"""Without its tokenizer.model, llama.cpp's converter does not know Gemma's tokenizer."""
+
+
 def cases(shapes: Sequence[Shape]) -> list[Case]:
     """Every family and tokenizer with every shape, tied and untied."""
     return [
         Case(tokenizer, replace(shape, tied=tied))
-        for tokenizer, shape, tied in itertools.product(reference.ROWS, shapes, (True, False))
+        for tokenizer, shape, tied in itertools.product(_HASHED, shapes, (True, False))
     ]
 
 
