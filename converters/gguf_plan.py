@@ -19,6 +19,7 @@ from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 from . import gguf_architectures as architectures
 from . import gguf_types, safetensors_rows
 from .adapter import EMBEDDING, HEAD, Adapter, Change, check_fit, read_adapter
+from .expert_adapters import take_expert_changes
 from .families.family import TOP, Family
 from .ggml import Ggml, GgmlType
 from .gguf_metadata import metadata, stop_token_ids
@@ -134,9 +135,10 @@ def _tensors(
     changes = _changes(adapter, family)
     if tied and _unties(base, adapter, changes, family, warnings):
         places.append(architectures.Place("output.weight", HEAD, TOP[HEAD]))
+    slices = take_expert_changes(changes, adapter, family, sizes) if adapter else {}
     if adapter:
         check_fit(adapter, changes, base)
-    merged = _merged(places, base, changes, sizes, nf4)
+    merged = _merged(places, base, changes, slices, sizes, nf4)
     _check_rows(adapter, merged, base)
     return merged
 
@@ -153,6 +155,7 @@ def _merged(
     places: Sequence[architectures.Place],
     base: Mapping[str, StoredTensor],
     changes: Mapping[str, Change],
+    slices: Mapping[tuple[str, int], Change],
     sizes: architectures.Sizes,
     nf4: bool,
 ) -> dict[str, MergedTensor | Stack]:
@@ -161,10 +164,10 @@ def _merged(
         stored, weight = base[place.tensor], place.weight
         order = architectures.rotary_order(stored.shape[0], sizes.words["head"]) if weight.rotary else None
         rounded = nf4 and weight.linear and _is_nf4(place.tensor, stored)
-        parts.setdefault(place.gguf, []).extend(
-            MergedTensor(piece, changes.get(place.tensor), order, nf4=rounded, plus=float(weight.plus_one))
-            for piece in place.cut(stored)
-        )
+        found = parts.setdefault(place.gguf, [])
+        for piece in place.cut(stored):
+            change = changes.get(place.tensor) or slices.get((place.gguf, len(found)))
+            found.append(MergedTensor(piece, change, order, nf4=rounded, plus=float(weight.plus_one)))
     stacked = {place.gguf for place in places if place.stacked}
     return {gguf: Stack(tuple(found)) if gguf in stacked else found[0] for gguf, found in parts.items()}
 

@@ -186,7 +186,7 @@ class LoadedTensor:
         change = self._tensor.change
         if change.down is None or change.up is None:
             return None, None
-        down, up = self._whole(change.down), self._whole(change.up)
+        down, up = self._whole(change.down), self._whole(change.up)[:, change.up_columns]
         left, right = (down.T, np.ascontiguousarray(up.T)) if change.embedding else (up, down)
         if self._tensor.order is not None:
             left = left[self._tensor.order]

@@ -163,6 +163,9 @@ COMPUTED = [
 ]
 """Compared with transformers."""
 
+ROUNDED = [replace(case, shape=replace(case.shape, hidden=128, heads=4, kv_heads=2, layers=2)) for case in COMPUTED]
+"""Rows of whole NF4 blocks in some layers."""
+
 _WIDE = Shape(hidden=256, ffn=512, layers=3, heads=4, kv_heads=2, tied=True)
 """Every row a multiple of 256: K-quants everywhere; with eight experts, for which llama.cpp has rules of its own."""
 
