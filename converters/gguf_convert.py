@@ -163,9 +163,7 @@ class _Pool:
                 yield Slab(item, last, (stop - start) * item.columns, future)
 
     def _encode(self, loaded: LoadedTensor, item: Item, start: int, stop: int) -> NDArray[np.uint8]:
-        weights = loaded.rows(start, stop)
-        if self.rounding != "none":
-            self.ggml.round_to(TYPES[self.rounding.upper()], weights)
+        weights = loaded.rows(start, stop, None if self.rounding == "none" else TYPES[self.rounding.upper()])
         try:
             return self.ggml.quantize(item.type, weights)
         except ModelError as error:

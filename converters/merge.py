@@ -12,7 +12,7 @@ from edgeft.errors import ModelError
 
 from . import nf4
 from .adapter import Change
-from .ggml import Ggml
+from .ggml import Ggml, GgmlType
 from .safetensors_rows import Reader, StoredTensor
 
 if TYPE_CHECKING:
@@ -114,8 +114,11 @@ class LoadedTensor:
         self._magnitude = self._vector(tensor.change.magnitude)
         self._column_factor = self._embedding_magnitude()
 
-    def rows(self, start: int, stop: int) -> Floats:
+    def rows(self, start: int, stop: int, rounding: GgmlType | None = None) -> Floats:
         """Merged rows [start, stop), shape (stop - start, columns); valid until this thread's next call.
+
+        Args:
+            rounding: the 16-bit type that the merged model would have been saved in.
 
         Raises:
             ModelError: a value is NaN or infinite (names tensor and row), or the file cannot be read.
@@ -131,9 +134,11 @@ class LoadedTensor:
             self._replace_tokens(weights, start, stop)
         if change.offset is not None:
             weights += self._ordered(self._vector(change.offset)) * np.float32(change.scale)
+        self._check_finite(weights, start)
+        if rounding is not None:
+            self._ggml.round_to(rounding, weights)
         if self._tensor.plus:
             weights += self._tensor.plus
-        self._check_finite(weights, start)
         return weights
 
     def _merged(self, start: int, stop: int) -> Floats:

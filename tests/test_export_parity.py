@@ -43,7 +43,7 @@ def exported(
 ) -> Iterator[Exported]:
     folder = tmp_path_factory.mktemp("case")
     yield parity.prepare(request.param, folder, tokenizer_of(request.param, cache, smollm2_hf), llama_cpp)
-    # Eighteen cases of some hundred megabytes would pile up.
+    # Cases of some hundred megabytes would pile up.
     shutil.rmtree(folder)
 
 
@@ -104,15 +104,15 @@ def load_vocabulary(file: Path) -> Any:
 # --- With an adapter ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokenizer", ["smollm2", "qwen2_5"])
-def test_merging_on_the_way_gives_what_merging_first_gives(
-    tokenizer: str, cache: Path, smollm2_hf: Path, llama_cpp: Reference, tmp_path: Path
-) -> None:
-    case = Case(tokenizer, parity.WIDE)
-    source = tokenizer_of(case, cache, smollm2_hf)
-    base = reference.build_model(tmp_path / "base", tokenizer, source, case.shape)
+MERGED = [case for case in tiny_families.CONVERTED if case.shape.hidden == 256 and not case.variant]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma3"])
+def test_merging_on_the_way_gives_what_merging_first_gives(family: str, llama_cpp: Reference, tmp_path: Path) -> None:
+    case = next(case for case in MERGED if case.family == family)
+    base = tiny_families.build(tmp_path / "base", case)
     adapter, merged = parity.add_adapter(base, tmp_path / "merged")
-    parity.convert_and_quantize(merged, tmp_path, llama_cpp)
+    parity.convert_and_quantize(merged, tmp_path, llama_cpp, pre="smollm")
     for target in FILE_TYPES:
         file = parity.export(base, target, tmp_path / f"ours-{target}.gguf", adapter, "bf16")
         ours, theirs = (reference.read_gguf(path) for path in (file, tmp_path / f"theirs-{target}.gguf"))
