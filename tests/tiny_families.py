@@ -60,25 +60,37 @@ PIECES = ("llama", "mistral", "gemma2", "gemma3", "phi3")
 BYTES = tuple(name for name in CLASSES if name not in ("gemma2", "gemma3"))
 
 VARIANTS: Mapping[str, tuple[str, ...]] = {
-    "llama": ("llama3", "yarn"),
+    "llama": ("llama3", "yarn", "linear", "bias"),
+    "qwen2": ("yarn",),
+    "qwen3": ("yarn", "linear"),
+    "qwen3moe": ("yarn",),
     "gemma3": ("pattern",),
     "phi3": ("longrope",),
-    "granite": ("bias",),
+    "granite": ("bias", "yarn"),
+    "olmo2": ("yarn", "linear"),
+    "smollm3": ("yarn", "linear"),
     "stablelm": ("parallel", "norms"),
 }
 """Further settings that a family has."""
 
 
 def _settings(case: FamilyCase) -> Mapping[str, Any]:
+    own = _own_settings(case)
+    if case.variant in ("yarn", "linear"):
+        rope = {"rope_type": case.variant, "factor": 4.0, "rope_theta": 5e4}
+        return {**own, "rope_parameters": {**rope, "original_max_position_embeddings": 64}}
+    return own
+
+
+def _own_settings(case: FamilyCase) -> Mapping[str, Any]:
     """What a family's configuration has besides sizes; values differ from the defaults, so that none goes unread."""
     shape, variant = case.shape, case.variant
     head = max(32, shape.hidden // shape.heads)
     match case.family:
         case "llama" if variant == "llama3":
             return {"rope_parameters": {**LLAMA3_ROPE, "original_max_position_embeddings": 64}}
-        case "llama" if variant == "yarn":
-            rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5e4}
-            return {"rope_parameters": rope, "attention_bias": True, "mlp_bias": True}
+        case "llama" if variant == "bias":
+            return {"attention_bias": True, "mlp_bias": True}
         case "qwen3":
             return {"head_dim": head}
         case "qwen3moe":
@@ -176,7 +188,8 @@ def _converted() -> Iterator[FamilyCase]:
             continue
         for variant in ("", *VARIANTS.get(family, ())):
             for shape, tied in ((_WIDE, True), (NARROW, False)):
-                if variant != "norms":  # llama.cpp's converter fails on StableLM's norms of heads
+                # llama.cpp's converter fails on StableLM's norms of heads; rope scaling is the same for all families.
+                if variant != "norms" and (variant not in ("yarn", "linear") or family == "llama"):
                     tied = family in TIED or (tied and family not in UNTIED)
                     yield FamilyCase(family, kind, replace(shape, tied=tied), variant)
 
