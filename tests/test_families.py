@@ -167,6 +167,7 @@ REFUSED: dict[str, tuple[FamilyCase, dict[str, Any], str]] = {
     "tied": (small("olmo2"), {"tie_word_embeddings": True}, "wants both in the olmo2 family"),
     "no rope": (small("smollm3"), {"no_rope_layers": [1] * 7}, "not every fourth"),
     "rope": (small("smollm3"), {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' cannot"),
+    "part of a head": (small("llama"), {"partial_rotary_factor": 0.5}, "only part of each head is rotated"),
     "window": (small("smollm3"), {"use_sliding_window": True, "sliding_window": 8}, "uses a sliding window"),
     "long factors": (
         small("phi3", "longrope"),
