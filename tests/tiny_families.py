@@ -126,6 +126,20 @@ def _own_settings(case: FamilyCase) -> Mapping[str, Any]:
     return {}
 
 
+def build_unknown(folder: Path) -> Path:
+    """A model that llama.cpp knows and edgeft does not: the first Gemma."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    config = transformers.GemmaConfig(**sizes, **heads, vocab_size=ROWS, bos_token_id=1, eos_token_id=len(_PIECES) + 1)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    write_tokenizer(folder, "gemma", "pieces")
+    return folder
+
+
 def build(folder: Path, case: FamilyCase, seed: int = 0, spread: float | None = None) -> Path:
     """The model as a Hugging Face directory, in bfloat16, every parameter random.
 
