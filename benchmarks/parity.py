@@ -2,8 +2,9 @@
 
     python benchmarks/parity.py [--json] [--quick] [--work FOLDER]
 
-Tiny random models of every family (Llama with SmolLM2's and Llama 3.2's tokenizer, Qwen 2.5, Qwen 3), four shapes, tied
-and untied, each exported as Q4_0, Q8_0 and Q4_K_M. Without an adapter every tensor must be the same; with one and
+Tiny random models of every family, in every variant and with both kinds of tokenizers, and models with the real
+tokenizers of SmolLM2, Llama 2 and 3.2, Qwen 2.5 and 3, in four shapes, tied and untied; each exported as Q4_0, Q8_0 and
+Q4_K_M. Without an adapter every tensor must be the same; with one and
 `--round bf16` the share of differing blocks is measured against PEFT merge, convert, quantize.
 
 Needs the `dev` extra, llama-cpp-python (a compiler) and npm; fetches about 90 MB once into `.cache`.
@@ -27,8 +28,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import parity_cases as parity  # noqa: E402
 import reference  # noqa: E402
+import tiny_families  # noqa: E402
 from parity_cases import Case, Exported  # noqa: E402
 from reference import FILE_TYPES, Reference  # noqa: E402
+from tiny_families import FamilyCase  # noqa: E402
 
 CACHE = Path(os.environ.get("EDGEFT_TEST_CACHE", ROOT / ".cache"))
 
@@ -70,11 +73,14 @@ def compare(exported: Exported, target: str) -> Result:
     return Result(exported.case.label, target, len(theirs.tensors), len(different), len(theirs.metadata), len(keys))
 
 
-def without_adapter(cases: Iterable[Case], work: Path, llama_cpp: Reference) -> list[Result]:
+def without_adapter(cases: Iterable[Case | FamilyCase], work: Path, llama_cpp: Reference) -> list[Result]:
     results = []
     for case in cases:
         folder = work / case.label
-        exported = parity.prepare(case, folder, tokenizer_of(case), llama_cpp)
+        if isinstance(case, FamilyCase):
+            exported = parity.prepare_family(case, folder, llama_cpp)
+        else:
+            exported = parity.prepare(case, folder, tokenizer_of(case), llama_cpp)
         results += [compare(exported, target) for target in FILE_TYPES]
         shutil.rmtree(folder)
         print(case.label, *(result.different + result.unexplained for result in results[-3:]), file=sys.stderr)
@@ -159,8 +165,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         work = Path(name)
         llama_cpp = Reference(reference.converter_source(CACHE), work / "log.txt")
-        plain = without_adapter(parity.TESTED if arguments.quick else parity.ALL, work, llama_cpp)
-        adapted = with_adapter([case for case in parity.TESTED if case.shape == parity.WIDE], work, llama_cpp)
+        cases = [*tiny_families.CONVERTED, *(parity.TESTED if arguments.quick else parity.ALL)]
+        plain = without_adapter(cases, work, llama_cpp)
+        adapted = with_adapter(parity.ADAPTED[:1] if arguments.quick else parity.ADAPTED, work, llama_cpp)
         llama_cpp.close()
     command = " ".join(["python benchmarks/parity.py", *(["--quick"] if arguments.quick else [])])
     print(json.dumps(figures(plain, adapted)) if arguments.json else table(plain, adapted, command))

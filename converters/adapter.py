@@ -42,6 +42,8 @@ class Change:
     down: StoredTensor | None = None
     up: StoredTensor | None = None
     embedding: bool = False
+    up_columns: slice = field(default_factory=lambda: slice(None))
+    """Which columns of B belong to it, when B serves several experts."""
     scale: float = 1.0
     magnitude: StoredTensor | None = None
     tokens: tuple[int, ...] = ()
@@ -114,7 +116,6 @@ _NOT_MERGEABLE = {
     "use_qalora": "QA-LoRA",
     "use_bdlora": "block-diagonal LoRA",
     "layer_replication": "replicated layers",
-    "target_parameters": "adapters on bare parameters",
     "alora_invocation_tokens": "activated LoRA, which works from a certain token on only",
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA",
@@ -168,7 +169,7 @@ def _place(changes: dict[str, Change], config: Mapping[str, Any], key: str, tens
     module = path.removesuffix(f".{suffix}")
     target = f"{module}.bias" if suffix.endswith("bias") else f"{module}.weight"
     change = changes.setdefault(target, Change())
-    change.scale = _scale(config, module)
+    change.scale = scale_of(config, module)
     match suffix:
         case "lora_A.weight" | "lora_embedding_A":
             change.down = tensor
@@ -188,9 +189,13 @@ def _place(changes: dict[str, Change], config: Mapping[str, Any], key: str, tens
             change.replacement = tensor
 
 
-def _scale(config: Mapping[str, Any], module: str) -> float:
+def rank_of(config: Mapping[str, Any], module: str) -> int:
+    return int(_pattern(config.get("rank_pattern"), module, config.get("r", 8)))
+
+
+def scale_of(config: Mapping[str, Any], module: str) -> float:
     """alpha / r, or alpha / sqrt(r) when rank-stabilized, with the patterns that override r and alpha."""
-    rank = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    rank = rank_of(config, module)
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -214,11 +219,12 @@ def _tokens(config: Mapping[str, Any], module: str, tensor: StoredTensor) -> tup
 
 def _check_pair(path: Path, config: Mapping[str, Any], name: str, change: Change) -> None:
     down, up = change.down, change.up
-    if down is None and up is None:
+    if (down is None and up is None) or (config.get("target_parameters") and ".experts" in name):
+        # The names of nested parameters do not say which they are for; see expert_adapters.
         return
     if down is None or up is None:
         raise ModelError(f"{path / WEIGHTS}: only one of the two LoRA matrices of {name} is there")
-    rank = _pattern(config.get("rank_pattern"), name.removesuffix(".weight"), config.get("r", 8))
+    rank = rank_of(config, name.removesuffix(".weight"))
     if len(down.shape) != 2 or len(up.shape) != 2 or (down.shape[0], up.shape[1]) != (rank, rank):
         raise ModelError(
             f"{path / WEIGHTS}: the LoRA matrices of {name} have shapes {down.shape} and {up.shape}, "

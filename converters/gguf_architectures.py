@@ -18,7 +18,7 @@ from edgeft.errors import ModelError, UnsupportedModel
 from .adapter import HEAD
 from .families import family_of
 from .families.family import Family, Table, Weight
-from .rope import head_size, rope_parameters
+from .rope import head_size, rope_parameters, rotated
 from .safetensors_rows import StoredTensor
 
 if TYPE_CHECKING:
@@ -132,6 +132,10 @@ def check_config(config: Mapping[str, Any], family: Family) -> None:
     if kind not in family.rope:
         raise UnsupportedModel(
             f"rope scaling of type {kind!r} cannot be expressed in a GGUF of the {family.name} family"
+        )
+    if rotated(config) != head_size(config) and all(key.value is not rotated for key in family.keys):
+        raise UnsupportedModel(
+            f"only part of each head is rotated, which llama.cpp cannot do in the {family.name} family"
         )
     for reason in family.check(config):
         raise UnsupportedModel(f"the model cannot be exported: {reason}")

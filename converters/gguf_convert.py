@@ -171,9 +171,7 @@ class _Pool:
     def _encode(
         self, loaded: LoadedTensor, item: Item, importance: NDArray[np.float32] | None, start: int, stop: int
     ) -> NDArray[np.uint8]:
-        weights = loaded.rows(start, stop)
-        if self.rounding != "none":
-            self.ggml.round_to(TYPES[self.rounding.upper()], weights)
+        weights = loaded.rows(start, stop, None if self.rounding == "none" else TYPES[self.rounding.upper()])
         try:
             if item.type.name in TERNARY and not self.force:
                 check_ternary(weights)

@@ -18,6 +18,7 @@ from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 from . import gguf_architectures as architectures
 from . import gguf_types, safetensors_rows
 from .adapter import EMBEDDING, HEAD, Adapter, Change, check_fit, read_adapter
+from .expert_adapters import take_expert_changes
 from .families.family import TOP, Family
 from .ggml import Ggml
 from .gguf_items import Item, available_cores
@@ -83,13 +84,12 @@ def named_tensors(source: Source) -> dict[str, tuple[MergedTensor, tuple[str, ..
     config = architectures.settings(config, family)
     sizes = architectures.sizes_of(config)
     adapter = read_adapter(source.adapter) if source.adapter else None
-    base, changes, places = _found(safetensors_rows.index(source.base), adapter, config, family, sizes, warnings=[])
+    parts = _parts(safetensors_rows.index(source.base), adapter, config, family, sizes, warnings=[])
     named: dict[str, tuple[MergedTensor, tuple[str, ...]]] = {}
-    for place in places:
-        stored = base[place.tensor]
-        rounded = source.nf4 and place.weight.linear and _is_nf4(place.tensor, stored)
+    for place in parts.places:
+        stored = parts.base[place.tensor]
+        whole = MergedTensor(stored, parts.changes.get(place.tensor), nf4=source.nf4 and _is_nf4(place, stored))
         known = named[place.tensor][1] if place.tensor in named else ()
-        whole = MergedTensor(stored, changes.get(place.tensor), nf4=rounded)
         named[place.tensor] = whole, (*known, place.gguf)
     return named
 
@@ -118,21 +118,31 @@ def _tensors(
     nf4: bool,
 ) -> dict[str, MergedTensor | Stack]:
     """GGUF name -> its weights."""
-    base, changes, places = _found(found, adapter, config, family, sizes, warnings)
-    merged = _merged(places, base, changes, sizes, nf4)
-    _check_rows(adapter, merged, base)
+    parts = _parts(found, adapter, config, family, sizes, warnings)
+    merged = _merged(parts, sizes, nf4)
+    _check_rows(adapter, merged, parts.base)
     return merged
 
 
-def _found(
+@dataclass(frozen=True)
+class Parts:
+    """What is stored and what the adapter changes, by the names of the tables, and where each goes."""
+
+    base: Mapping[str, StoredTensor]
+    changes: Mapping[str, Change]
+    slices: Mapping[tuple[str, int], Change]
+    """Changes of single experts, by GGUF name and number."""
+    places: Sequence[architectures.Place]
+
+
+def _parts(
     found: dict[str, StoredTensor],
     adapter: Adapter | None,
     config: Mapping[str, Any],
     family: Family,
     sizes: architectures.Sizes,
     warnings: list[str],
-) -> tuple[dict[str, StoredTensor], dict[str, Change], list[architectures.Place]]:
-    """What is stored and what the adapter changes, by the names of the tables, and where each goes."""
+) -> Parts:
     base = {name: found[stored] for name, stored in architectures.text_names(family, found).items()}
     if len(base) < len(found):
         warnings.append(f"{len(found) - len(base)} tensors are left out: only the text model is exported")
@@ -144,9 +154,10 @@ def _found(
     changes = _changes(adapter, family)
     if tied and _unties(base, adapter, changes, family, warnings):
         places.append(architectures.Place("output.weight", HEAD, TOP[HEAD]))
+    slices = take_expert_changes(changes, adapter, family, sizes) if adapter else {}
     if adapter:
         check_fit(adapter, changes, base)
-    return base, changes, places
+    return Parts(base, changes, slices, places)
 
 
 def _changes(adapter: Adapter | None, family: Family) -> dict[str, Change]:
@@ -157,24 +168,18 @@ def _changes(adapter: Adapter | None, family: Family) -> dict[str, Change]:
     return {name: adapter.changes[named] for name, named in names.items()}
 
 
-def _merged(
-    places: Sequence[architectures.Place],
-    base: Mapping[str, StoredTensor],
-    changes: Mapping[str, Change],
-    sizes: architectures.Sizes,
-    nf4: bool,
-) -> dict[str, MergedTensor | Stack]:
-    parts: dict[str, list[MergedTensor]] = {}
-    for place in places:
-        stored, weight = base[place.tensor], place.weight
+def _merged(parts: Parts, sizes: architectures.Sizes, nf4: bool) -> dict[str, MergedTensor | Stack]:
+    pieces: dict[str, list[MergedTensor]] = {}
+    for place in parts.places:
+        stored, weight = parts.base[place.tensor], place.weight
         order = architectures.rotary_order(stored.shape[0], sizes.words["head"]) if weight.rotary else None
-        rounded = nf4 and weight.linear and _is_nf4(place.tensor, stored)
-        parts.setdefault(place.gguf, []).extend(
-            MergedTensor(piece, changes.get(place.tensor), order, nf4=rounded, plus=float(weight.plus_one))
-            for piece in place.cut(stored)
-        )
-    stacked = {place.gguf for place in places if place.stacked}
-    return {gguf: Stack(tuple(found)) if gguf in stacked else found[0] for gguf, found in parts.items()}
+        found = pieces.setdefault(place.gguf, [])
+        for piece in place.cut(stored):
+            change = parts.changes.get(place.tensor) or parts.slices.get((place.gguf, len(found)))
+            rounded = nf4 and _is_nf4(place, stored)
+            found.append(MergedTensor(piece, change, order, nf4=rounded, plus=float(weight.plus_one)))
+    stacked = {place.gguf for place in parts.places if place.stacked}
+    return {gguf: Stack(tuple(found)) if gguf in stacked else found[0] for gguf, found in pieces.items()}
 
 
 def _check_rows(
@@ -212,9 +217,10 @@ def _unties(
     return True
 
 
-def _is_nf4(name: str, stored: StoredTensor) -> bool:
+def _is_nf4(place: architectures.Place, stored: StoredTensor) -> bool:
     """As `edgeft.models.nf4.kept` has it: linear layers between embedding and head, of whole blocks per row."""
-    return ".layers." in name and len(stored.shape) == 2 and stored.columns % BLOCK == 0
+    whole = len(stored.shape) == 2 and stored.columns % BLOCK == 0
+    return place.weight.linear and ".layers." in place.tensor and whole
 
 
 def _still_tied(adapter: Adapter, embedding: Change | None, separate: Change | None, base: StoredTensor) -> bool:

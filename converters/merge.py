@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from edgeft.errors import ModelError
 
 from . import nf4
 from .adapter import Change
-from .ggml import Ggml
+from .ggml import Ggml, GgmlType
 from .safetensors_rows import Reader, StoredTensor
 
 if TYPE_CHECKING:
@@ -58,7 +57,6 @@ class MergedTensor:
             order: which source row each output row is; a permutation inside groups of rows, and slabs must hold
                 whole groups.
         """
-        self.name = base.name
         self.change = change or Change()
         self.source = self.change.replacement or self.change.base or base
         self.order = order
@@ -68,12 +66,6 @@ class MergedTensor:
     @property
     def parts(self) -> tuple[MergedTensor, ...]:
         return (self,)
-
-    def in_own_order(self) -> MergedTensor:
-        """The same with the rows of the source."""
-        found = copy.copy(self)
-        found.order = None
-        return found
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,8 +114,11 @@ class LoadedTensor:
         self._magnitude = self._vector(tensor.change.magnitude)
         self._column_factor = self._embedding_magnitude()
 
-    def rows(self, start: int, stop: int) -> Floats:
+    def rows(self, start: int, stop: int, rounding: GgmlType | None = None) -> Floats:
         """Merged rows [start, stop), shape (stop - start, columns); valid until this thread's next call.
+
+        Args:
+            rounding: the 16-bit type that the merged model would have been saved in.
 
         Raises:
             ModelError: a value is NaN or infinite (names tensor and row), or the file cannot be read.
@@ -139,9 +134,11 @@ class LoadedTensor:
             self._replace_tokens(weights, start, stop)
         if change.offset is not None:
             weights += self._ordered(self._vector(change.offset)) * np.float32(change.scale)
+        self._check_finite(weights, start)
+        if rounding is not None:
+            self._ggml.round_to(rounding, weights)
         if self._tensor.plus:
             weights += self._tensor.plus
-        self._check_finite(weights, start)
         return weights
 
     def _merged(self, start: int, stop: int) -> Floats:
@@ -194,7 +191,7 @@ class LoadedTensor:
         change = self._tensor.change
         if change.down is None or change.up is None:
             return None, None
-        down, up = self._whole(change.down), self._whole(change.up)
+        down, up = self._whole(change.down), self._whole(change.up)[:, change.up_columns]
         left, right = (down.T, np.ascontiguousarray(up.T)) if change.embedding else (up, down)
         if self._tensor.order is not None:
             left = left[self._tensor.order]

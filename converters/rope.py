@@ -53,7 +53,8 @@ def llama3(config: Mapping[str, Any]) -> Tensors:
     base, context = float(rope["rope_theta"]), rope["original_max_position_embeddings"]
     factor, low, high = (rope.get(key, default) for key, default in _LLAMA3)
     exponents = np.arange(0, head, 2, dtype=np.float32) / np.float32(head)
-    frequencies = np.float32(1.0) / np.power(np.float32(base), exponents)
+    # torch's power is correctly rounded here, numpy's in float32 is not.
+    frequencies = np.float32(1.0) / np.power(base, exponents.astype(np.float64)).astype(np.float32)
     factors = []
     for frequency in frequencies:
         wavelength = np.float32(2 * math.pi) / frequency

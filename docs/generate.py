@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands themselves, or check that it is up to date.
+"""Write cli.md from the commands and gguf-models.md from the tests, or check that they are up to date.
 
 python docs/generate.py [--check]
 """
@@ -13,7 +13,14 @@ import click
 
 from edgeft.cli.main import cli
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import tiny_families
+from edgeft.converters.families import FAMILIES
+from edgeft.converters.families.family import Family
+from reference import FILE_TYPES
+
 PAGE = Path(__file__).parent / "cli.md"
+MODELS = Path(__file__).parent / "gguf-models.md"
 HEAD = "# Command reference\n\nMade from the commands' own help by `make docs`; do not edit.\n"
 
 
@@ -28,15 +35,49 @@ def commands(command: click.Command, path: tuple[str, ...], parent: click.Contex
                 yield from commands(child, (*path, name), context)
 
 
+def models() -> Iterator[str]:
+    """A table of the families that can be exported and what is tested of each."""
+    yield MODELS_HEAD
+    for family in FAMILIES:
+        cases = [case for case in tiny_families.CONVERTED if case.family == _tested_as(family)]
+        kinds = dict.fromkeys(TOKENIZERS[case.tokenizer] for case in cases)
+        variants = dict.fromkeys(case.variant for case in tiny_families.COMPUTED if case.family == _tested_as(family))
+        classes = ", ".join(f"`{name}`" for name in family.classes)
+        rope = ", ".join(kind for kind in family.rope if kind not in ("default", "su")) or "none"
+        also = ", ".join(name for name in variants if name) or "–"
+        yield f"| `{family.name}` | {classes} | {', '.join(kinds)} | {rope} | {also} |\n"
+    targets = ", ".join(f"`{target}`" for target in FILE_TYPES)
+    yield f"\n{len(tiny_families.CONVERTED)} tiny models × {targets}: all tensors are the reference's, byte for byte.\n"
+
+
+def _tested_as(family: Family) -> str:
+    return family.model_types[0] if family.model_types[0] in tiny_families.CLASSES else family.name
+
+
+MODELS_HEAD = """# Models that can be exported to GGUF
+
+Made from `converters/families/` and the tests by `make docs`; do not edit. [Adding one](adding-an-architecture.md).
+
+Every family is exported with every tokenizer and variant below, tied and untied where llama.cpp has both, and compared
+with llama.cpp's converter and quantizer (`tests/test_export_parity.py`) and with transformers' logits
+(`tests/test_families.py`).
+
+| architecture | classes | tokenizers tested | rope scaling | variants tested |
+|---|---|---|---|---|
+"""
+TOKENIZERS = {"bytes": "byte-level BPE", "pieces": "SentencePiece"}
+
+
 def main() -> int:
-    page = HEAD + "".join(commands(cli, ("edgeft",), None))
+    pages = {PAGE: HEAD + "".join(commands(cli, ("edgeft",), None)), MODELS: "".join(models())}
     if "--check" not in sys.argv:
-        PAGE.write_text(page, encoding="utf-8")
+        for file, text in pages.items():
+            file.write_text(text, encoding="utf-8")
         return 0
-    if PAGE.read_text(encoding="utf-8") == page:
-        return 0
-    print(f"{PAGE} is out of date: run `make docs`", file=sys.stderr)
-    return 1
+    stale = [file for file, text in pages.items() if file.read_text(encoding="utf-8") != text]
+    for file in stale:
+        print(f"{file} is out of date: run `make docs`", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

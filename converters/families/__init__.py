@@ -31,5 +31,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.classes)
     raise UnsupportedModel(
-        f"the architecture {named or kind or '(none named)'} cannot be exported to GGUF yet", f"These can: {known}."
+        f"the architecture {named or kind or '(none named)'} cannot be exported to GGUF yet",
+        f"These can: {known}. For others, --engine llama.cpp drives your checkout of llama.cpp.",
     )

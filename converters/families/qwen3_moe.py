@@ -47,7 +47,6 @@ FAMILY = Family(
         "hidden_act": "silu",
         "num_key_value_heads": 4,
         "moe_intermediate_size": 768,
-        "num_experts": 128,
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
         "mlp_only_layers": [],
@@ -58,7 +57,7 @@ FAMILY = Family(
     keys=(
         RMS_NORM,
         *SAID_HEAD_SIZE,
-        Key("expert_count", uint32, "num_experts"),
+        Key("expert_count", uint32, lambda config: config.get("num_experts") or config["num_local_experts"]),
         Key("expert_used_count", uint32, "num_experts_per_tok"),
         Key("expert_feed_forward_length", uint32, "moe_intermediate_size"),
     ),

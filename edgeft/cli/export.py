@@ -17,7 +17,7 @@ from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, not
 if TYPE_CHECKING:
     from edgeft.artifact import Artifact
     from edgeft.data.example import Example
-    from edgeft.export import Export, Origin
+    from edgeft.export import Origin
     from edgeft.plugins import Plan
     from edgeft.verify.report import Finding
 
@@ -99,6 +99,19 @@ def _list_targets(context: click.Context, parameter: click.Parameter, asked: boo
     callback=_list_targets,
     help="List the targets, and stop.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["edgeft", "llama.cpp"]),
+    default="edgeft",
+    show_default=True,
+    help="llama.cpp: merge, convert and quantize in three passes with your checkout, for models edgeft does not know.",
+)
+@click.option(
+    "--llama-cpp",
+    "checkout",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="llama.cpp's folder, with llama-quantize built.",
+)
 @json_option
 @dry_run_option
 def export(
@@ -117,6 +130,8 @@ def export(
     bpw: float | None,
     force: bool,
     threads: int | None,
+    engine: str,
+    checkout: Path | None,
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -129,6 +144,11 @@ def export(
 
     target = target or ("gguf" if fit or bpw else str(config.load()["export.target"].value))
     progress = ConsoleProgress()
+    if engine == "llama.cpp":
+        origin = workflow.find(model, adapter, progress)
+        out = out or Path(workflow.default_name(origin.name, target))
+        _three_passes(origin, target, out, checkout, no_verify=no_verify, as_json=as_json, dry_run=dry_run)
+        return
     if calibrate or (imatrix is None and (fit or bpw)):
         origin = workflow.find(model, adapter, progress)
         imatrix = workflow.calibrate(origin, data, Path(f"{origin.name}.imatrix.gguf"), progress=progress)
@@ -159,7 +179,7 @@ def export(
     started = time.monotonic()
     artifact = workflow.export(prepared, progress)
     seconds = time.monotonic() - started
-    findings = [] if no_verify else _verify(prepared, artifact)
+    findings = [] if no_verify else _verify(prepared.origin, prepared.plan.parameters, artifact)
     _show_result(artifact, seconds, findings, as_json)
     _fail_on(findings, artifact)
 
@@ -182,13 +202,40 @@ def _size(text: str | None) -> int | None:
     return int(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]])
 
 
-def _verify(prepared: Export, artifact: Artifact) -> list[Finding]:
+def _three_passes(
+    origin: Origin, target: str, out: Path, checkout: Path | None, *, no_verify: bool, as_json: bool, dry_run: bool
+) -> None:
+    from edgeft import three_passes
+
+    passes = three_passes.plan(origin, target, out, checkout)
+    if dry_run:
+        commands = passes.commands(Path("WORK"))
+        if as_json:
+            print_json(
+                {"out": str(out), "target": target, "merge": origin.source.adapter is not None, "commands": commands}
+            )
+            return
+        for line in (["merge with PEFT into WORK/merged"] if origin.source.adapter else []) + [
+            " ".join(c) for c in commands
+        ]:
+            click.echo(line)
+        return
+    started = time.monotonic()
+    artifact = three_passes.run(passes, ConsoleProgress())
+    seconds = time.monotonic() - started
+    assert artifact.manifest is not None
+    findings = [] if no_verify else _verify(origin, artifact.manifest.parameters, artifact)
+    _show_result(artifact, seconds, findings, as_json)
+    _fail_on(findings, artifact)
+
+
+def _verify(origin: Origin, parameters: int, artifact: Artifact) -> list[Finding]:
     """A small sample through the file; `edgeft verify` does the thorough job."""
     from edgeft.errors import MissingDependency
     from edgeft.sessions import open_session
     from edgeft.verify.quick import quick_check
 
-    if not _fits_in_memory(prepared.plan.parameters):
+    if not _fits_in_memory(parameters):
         note(
             "note: not compared with the model, which would not fit into memory; edgeft verify does on a larger machine"
         )
@@ -198,11 +245,9 @@ def _verify(prepared: Export, artifact: Artifact) -> list[Finding]:
     except MissingDependency as error:
         note(f"note: not verified, no runtime can load the file: {error.message}")
         return []
-    source = prepared.origin.source
+    source = origin.source
     with opened.session as session:
-        return quick_check(
-            artifact.path, source, session, examples=_examples(prepared.origin), progress=ConsoleProgress()
-        )
+        return quick_check(artifact.path, source, session, examples=_examples(origin), progress=ConsoleProgress())
 
 
 def _fits_in_memory(parameters: int) -> bool:

@@ -55,6 +55,13 @@ class TorchReference:
         finally:
             self._model.merge_adapter()
 
+    def save(self, folder: Path) -> None:
+        """Write the model with its adapter merged, in bfloat16; it is of no use afterwards."""
+        import torch
+
+        merged = self._model.merge_and_unload() if self.has_adapter else self._model
+        merged.to(torch.bfloat16).save_pretrained(folder)
+
 
 def available() -> bool:
     """Whether the reference can be computed here (torch, transformers and peft are installed)."""
