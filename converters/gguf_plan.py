@@ -92,7 +92,7 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
         warnings.append("merged into the base as QLoRA trained on it, rounded to NF4 (docs/export.md)")
     items, name = _items(tensors, mixture, family, sizes, config, ggml)
     if adapter is not None:
-        warnings += _no_effect(adapter, ggml)
+        warnings += no_effect(adapter, ggml)
     pairs = _metadata(source, options, config, items, gguf_types.FILE_TYPES[name], warnings)
     return _plan(source, target, options, items, pairs, warnings, name, sizes.layers)
 
@@ -230,7 +230,7 @@ def _group(source: MergedTensor | NDArray[np.float32], sizes: architectures.Size
     return sizes.head if isinstance(source, MergedTensor) and source.order is not None else 1
 
 
-def _no_effect(adapter: Adapter, ggml: Ggml) -> list[str]:
+def no_effect(adapter: Adapter, ggml: Ggml) -> list[str]:
     """A warning when every B matrix is zero and nothing else changes: the file would be the base."""
     with Reader() as reader:
         for change in adapter.changes.values():

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import tiny
 from edgeft.converters import gguf_types
-from edgeft.converters.ggml import TYPES, Ggml, ggml_library
+from edgeft.converters.ggml import TYPES, Ggml
 from edgeft.converters.gguf_types import Shape
 
 from edgeft.artifact import manifest_path, read_manifest
 from edgeft.cli.main import main
 from edgeft.errors import MissingDependency, ModelError
+from edgeft.models.ggml_library import ggml_library
 from edgeft.run import Run, RunManifest
 
 pytestmark = [
@@ -269,7 +270,7 @@ def test_another_library_is_refused() -> None:
 
 
 def test_a_missing_library_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeft.converters.ggml._LIBRARIES", (("no_such_binding", "", ("*.so",)),))
+    monkeypatch.setattr("edgeft.models.ggml_library._LIBRARIES", (("no_such_binding", "", ("*.so",)),))
     with pytest.raises(MissingDependency) as caught:
         ggml_library()
     assert caught.value.hint == "pip install 'edgeft[export]'"

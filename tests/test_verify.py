@@ -53,7 +53,7 @@ ROOMS = ("kitchen", "attic", "hall", "garage", "study", "cellar")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with base/, adapter/, other/ (another adapter) and data.jsonl, data that all goes to one split."""
     folder = tmp_path_factory.mktemp("verify")
-    write_base(folder / "base")
+    tiny.write_loadable(folder / "base")
     for name, seed in (("adapter", 1), ("other", 2)):
         # A large scale: what a short random adapter does to a random model could hardly be measured.
         settings = {"target_modules": ["q_proj", "v_proj", "down_proj"], "lora_alpha": 800}
@@ -61,16 +61,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     lines = (json.dumps({"messages": chat(room)}) for room in ROOMS)
     (folder / "data" / "test.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    return folder
-
-
-def write_base(folder: Path, **settings: Any) -> Path:
-    """A tiny model whose tokenizer also merges: llama.cpp loads no byte-pair vocabulary without merges."""
-    tiny.write_model(folder, vocab_size=tiny.TOKENS + 2, **settings)
-    document = json.loads((folder / "tokenizer.json").read_text())
-    document["model"]["vocab"] |= {"th": tiny.TOKENS, "12": tiny.TOKENS + 1}
-    document["model"]["merges"] = ["t h", "1 2"]
-    (folder / "tokenizer.json").write_text(json.dumps(document))
     return folder
 
 
@@ -230,7 +220,7 @@ def damaged(file: Path, copy: Path) -> Path:
 
 
 def test_an_adapter_of_another_model_is_said(parts: Path, export: Callable[..., Path]) -> None:
-    write_base(parts / "wider", hidden_size=128)
+    tiny.write_loadable(parts / "wider", hidden_size=128)
     with pytest.raises(ModelError, match="does not go onto"):
         load_reference(parts / "wider", parts / "adapter")
 

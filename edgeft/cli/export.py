@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeft import config
 from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, note, print_json, print_table
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ Examples:
     "--to",
     "target",
     help="gguf-q4 (default: the best real 4-bit mixture for the model's shapes), gguf-q4_k_m, gguf-q4_0, gguf-q8_0, "
-    "gguf-bf16 or gguf-f16.",
+    "gguf-bf16 or gguf-f16; gguf-lora (the adapter alone, not merged; default for a run on a GGUF) or gguf-lora-f16.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; default: NAME-q4.gguf and the like, here.")
 @click.option("--no-verify", is_flag=True, help="Do not load the file and compare it with the model afterwards.")
@@ -76,7 +75,6 @@ def export(
     """
     from edgeft import export as workflow
 
-    target = target or str(config.load()["export.target"].value)
     progress = ConsoleProgress()
     prepared = workflow.prepare(
         model,
@@ -88,6 +86,8 @@ def export(
         tokenizer_pre=tokenizer_pre,
         progress=progress,
     )
+    if target is None and prepared.origin.source.gguf:
+        note(f"note: trained on {prepared.origin.source.gguf.name} itself: writing the adapter alone (gguf-lora)")
     for warning in prepared.plan.warnings:
         note(f"note: {warning}")
     if dry_run:
