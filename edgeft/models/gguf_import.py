@@ -66,6 +66,8 @@ def _save_config(header: GgufHeader, folder: Path) -> None:
     file = header.path
     try:
         config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        if width := header.metadata.get(f"{header.architecture}.attention.key_length"):
+            config.head_dim = width  # transformers leaves it out
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except (ValueError, KeyError, NotImplementedError) as error:
