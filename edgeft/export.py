@@ -75,7 +75,7 @@ def prepare(
     target = target or default_target(origin)
     converter = converter_for(target)
     if origin.source.gguf is not None and not target.startswith(ADAPTER_TARGET):
-        origin = _merged(origin, progress or Silent())
+        origin = merged(origin, progress or Silent())
     out = out or Path(default_name(origin.name, target))
     if out.is_dir():
         raise UsageError(f"{out} is a folder", "Give the file to write with --out.")
@@ -88,7 +88,7 @@ def default_target(origin: Origin) -> str:
     return ADAPTER_TARGET if origin.source.gguf else str(config.load()["export.target"].value)
 
 
-def _merged(origin: Origin, progress: Progress) -> Origin:
+def merged(origin: Origin, progress: Progress) -> Origin:
     """A run on a GGUF, to be merged after all: into the file's weights, dequantized."""
     assert origin.source.gguf is not None
     _check_unchanged(origin)

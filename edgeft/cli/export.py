@@ -104,6 +104,7 @@ def export(
 def _verify(prepared: Export, artifact: Artifact) -> list[Finding]:
     """A small sample through the file; `edgeft verify` does the thorough job."""
     from edgeft.errors import MissingDependency
+    from edgeft.plugins import AdapterScale
     from edgeft.sessions import open_session
     from edgeft.verify.quick import quick_check
 
@@ -112,16 +113,19 @@ def _verify(prepared: Export, artifact: Artifact) -> list[Finding]:
             "note: not compared with the model, which would not fit into memory; edgeft verify does on a larger machine"
         )
         return []
+    source = prepared.origin.source
+    lone = artifact.manifest is not None and artifact.manifest.format == "adapter"
+    if lone and source.gguf is None:
+        note(f"note: not verified without its base: edgeft verify RUN {artifact.path} --base BASE.gguf")
+        return []
+    file = source.gguf if lone and source.gguf else artifact.path
     try:
-        opened = open_session(str(artifact.path))
+        opened = open_session(str(file), adapters=[AdapterScale(artifact.path)] if lone else ())
     except MissingDependency as error:
         note(f"note: not verified, no runtime can load the file: {error.message}")
         return []
-    source = prepared.origin.source
     with opened.session as session:
-        return quick_check(
-            artifact.path, source, session, examples=_examples(prepared.origin), progress=ConsoleProgress()
-        )
+        return quick_check(file, source, session, examples=_examples(prepared.origin), progress=ConsoleProgress())
 
 
 def _fits_in_memory(parameters: int) -> bool:

@@ -105,7 +105,8 @@ def _widen_bfloat16(source: Tensor, kind: str, out: Tensor, spans: list[tuple[in
 
 
 def _address(tensor: Tensor, row: int) -> int:
-    return int(tensor.data_ptr()) + row * tensor.stride(0) * tensor.element_size()
+    start, width = int(tensor.data_ptr()), int(tensor.stride(0) * tensor.element_size())
+    return start + row * width
 
 
 _LOCAL = threading.local()
