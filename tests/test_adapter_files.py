@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import reference
 import tiny
 from edgeft.converters import ggml
 from numpy.typing import NDArray
@@ -296,3 +299,24 @@ def test_eval_measures_the_base_with_its_adapter(tmp_path: Path, capsys: pytest.
         found.append(json.loads(capsys.readouterr().out))
     assert found[1]["adapters"] == {str(file): 0.5}
     assert found[0]["nll"] != found[1]["nll"]
+
+
+# --- llama.cpp's own converter ------------------------------------------------
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_plain_adapter_is_what_llama_cpp_converts(kind: str, cache: Path, tmp_path: Path) -> None:
+    base = tiny.write_loadable(tmp_path / "base", kind)
+    tiny.write_adapter(base, tmp_path / "adapter", target_modules=ALL_LINEAR)
+    ours, theirs = adapter_file(base, tmp_path / "adapter"), tmp_path / "theirs.gguf"
+    script = reference.converter_source(cache) / "convert_lora_to_gguf.py"
+    command = [sys.executable, script, tmp_path / "adapter", "--base", base, "--outtype", "f32", "--outfile", theirs]
+    subprocess.run(command, check=True, capture_output=True)
+    readers = [gguf.GGUFReader(file) for file in (ours, theirs)]
+    values = [{tensor.name: tensor.data for tensor in reader.tensors} for reader in readers]
+    assert values[0].keys() == values[1].keys()
+    for name, value in values[1].items():
+        np.testing.assert_array_equal(values[0][name], value, err_msg=name)
+    for key in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"):
+        assert readers[0].fields[key].contents() == readers[1].fields[key].contents()

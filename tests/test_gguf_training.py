@@ -230,3 +230,39 @@ def test_what_cannot_be_trained_in_place_is_refused(data: Path, tmp_path: Path) 
     writer.close()
     with pytest.raises(UnsupportedModel, match="architecture mamba, which cannot be trained in place"):
         check_supported(read_header(tmp_path / "other.gguf"))
+
+
+def test_a_whole_run_on_a_directory_has_an_adapter_file_too(
+    file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained on the 16-bit weights, run on a GGUF of them: `--base` names it, its bits decide the limits."""
+    base = file.parent / "base"
+    train(settings(base, data, tmp_path / "run", method="lora", learning_rate=5e-2))
+    out = tmp_path / "a.gguf"
+    assert main(["export", str(tmp_path / "run"), "--to", "gguf-lora", "--out", str(out)]) == 0
+    assert "--base BASE.gguf" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "run"), str(out)]) == 2
+    assert "Name the GGUF it goes onto" in capsys.readouterr().err
+    shipped = base_file(base, "gguf-q8_0")
+    assert main(["verify", str(tmp_path / "run"), str(out), "--base", str(shipped), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["nll_merged"] == pytest.approx(report["nll_file"], abs=0.05)
+    made = read_manifest(out)
+    assert made is not None and set(made.ledger) == {"nll_training_graph", "nll_merged", "nll_file"}
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_smollm2_answers_beside_its_adapter_as_it_was_trained(
+    smollm2_hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, run = tmp_path / "base.gguf", tmp_path / "run"
+    assert main(["export", str(smollm2_hf), "--to", "gguf-q4_0", "--out", str(base), "--no-verify"]) == 0
+    train(TrainConfig(str(base), "smart-home", run, method="gguf", epochs=0.1))
+    out = tmp_path / "a.gguf"
+    assert main(["export", str(run), "--out", str(out), "--no-verify"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(run), str(out), "--examples", "40", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["nll_file"] - report["nll_unmerged"] <= 0.005
+    assert report["top1_agreement"] >= 0.99
