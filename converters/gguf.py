@@ -24,7 +24,7 @@ _MIXTURES: Mapping[str, tuple[str, str, float]] = {
 _ADAPTERS: Mapping[str, tuple[str, str, float]] = {
     # target -> (type of both matrices, description, bits per weight of the adapter)
     "gguf-lora": ("F32", "The adapter alone, for an unmerged base GGUF.", 32.0),
-    "gguf-lora-f16": ("F16", "The same in half the size.", 16.0),
+    "gguf-lora-f16": ("F16", "The same in half the size, with activations rounded to float16.", 16.0),
 }
 
 

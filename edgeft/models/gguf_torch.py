@@ -151,6 +151,17 @@ def load_packed(
     return model.eval()
 
 
+def unpack(model: Any) -> None:
+    """Make every packed layer an ordinary one, in float32: four bytes per weight for many passes in a row."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, PackedLinear):
+            with torch.device("meta"):
+                plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            plain.weight = torch.nn.Parameter(layer.dense(torch.float32), requires_grad=False)
+            plain.bias = layer.bias
+            _replace(model, name, plain)
+
+
 def check_supported(header: GgufHeader) -> None:
     """Raises: UnsupportedModel when the file's weights cannot be used as they lie."""
     if header.architecture not in _ARCHITECTURES:

@@ -99,9 +99,11 @@ def load_reference(
 
 def _load_gguf(file: Path, folder: Path) -> Any:
     torch = require("torch", "train")
-    from edgeft.models.gguf_torch import load_packed
+    from edgeft.models.gguf_torch import load_packed, unpack
 
-    return load_packed(file, folder, torch.float32)
+    model = load_packed(file, folder, torch.float32)
+    unpack(model)
+    return model
 
 
 def _load_base(base: Path) -> Any:
