@@ -13,6 +13,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import write_loadable as write_base
 
 from edgeft.artifact import read_manifest
 from edgeft.cli.main import main
@@ -53,7 +54,7 @@ ROOMS = ("kitchen", "attic", "hall", "garage", "study", "cellar")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with base/, adapter/, other/ (another adapter) and data.jsonl, data that all goes to one split."""
     folder = tmp_path_factory.mktemp("verify")
-    tiny.write_loadable(folder / "base")
+    write_base(folder / "base")
     for name, seed in (("adapter", 1), ("other", 2)):
         # A large scale: what a short random adapter does to a random model could hardly be measured.
         settings = {"target_modules": ["q_proj", "v_proj", "down_proj"], "lora_alpha": 800}
@@ -220,7 +221,7 @@ def damaged(file: Path, copy: Path) -> Path:
 
 
 def test_an_adapter_of_another_model_is_said(parts: Path, export: Callable[..., Path]) -> None:
-    tiny.write_loadable(parts / "wider", hidden_size=128)
+    write_base(parts / "wider", hidden_size=128)
     with pytest.raises(ModelError, match="does not go onto"):
         load_reference(parts / "wider", parts / "adapter")
 
