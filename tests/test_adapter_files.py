@@ -294,6 +294,13 @@ def test_run_takes_adapters_with_scales(tmp_path: Path, capsys: pytest.CaptureFi
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_a_scale_is_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+    assert main(["run", "none.gguf", "hello", "--adapter", f"{file}=nan"]) == 2
+    assert "scale cannot be nan" in capsys.readouterr().err
+
+
 def test_eval_measures_the_base_with_its_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -113,8 +114,14 @@ def parse_adapter(text: str) -> AdapterScale:
     path, _, scale = text.rpartition("=")
     if path and not Path(text).exists():
         with contextlib.suppress(ValueError):
-            return AdapterScale(_existing(path), float(scale))
+            return AdapterScale(_existing(path), _finite(float(scale)))
     return AdapterScale(_existing(text))
+
+
+def _finite(scale: float) -> float:
+    if not math.isfinite(scale):
+        raise UsageError(f"an adapter's scale cannot be {scale}")
+    return scale
 
 
 def _existing(path: str) -> Path:
