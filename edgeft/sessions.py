@@ -57,6 +57,8 @@ def open_session(
         MissingDependency: no runtime that could run it is installed.
     """
     artifact = find_artifact(reference, runtime, progress)
+    if artifact.manifest and artifact.manifest.format == "adapter":
+        raise UsageError(f"{reference} is an adapter", f"Give its base, and --adapter {reference}.")
     name, reason = choose(artifact) if runtime == AUTO else (runtime, "asked for")
     plugin: Runtime = plugins.load("runtimes", name)
     with _border(name):

@@ -294,6 +294,14 @@ def test_run_takes_adapters_with_scales(tmp_path: Path, capsys: pytest.CaptureFi
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_an_adapter_alone_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny.write_loadable(tmp_path / "base")
+    tiny.write_adapter(base, tmp_path / "adapter", target_modules=["v_proj"])
+    file = adapter_file(base, tmp_path / "adapter")
+    assert main(["run", str(file), "hello"]) == 2
+    assert f"Give its base, and --adapter {file}" in capsys.readouterr().err
+
+
 def test_a_scale_is_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.gguf"
     file.write_bytes(b"GGUF")

@@ -19,12 +19,13 @@ from edgeft.data.encode import EncodedSet, encode_all
 from edgeft.data.example import Encoded, Example
 from edgeft.data.load import dataset_digest, load_split, resolve_dataset, split_files
 from edgeft.errors import DataError, MissingDependency, ModelError, UsageError, WriteError, require
-from edgeft.models import ResolvedModel, resolve, weights_digest
+from edgeft.models import ResolvedModel
 from edgeft.models.text import TextSide, load_text_side
 from edgeft.openmp import TRAINING, short_spins
-from edgeft.paths import sha256_file, sync_directory
+from edgeft.paths import sync_directory
 from edgeft.progress import Progress, Silent
 from edgeft.run import Run, RunManifest
+from edgeft.train.base import Gguf, base_record, find_base
 from edgeft.train.config import TrainConfig, write_config
 
 if TYPE_CHECKING:
@@ -43,16 +44,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, run: Path) -> None:
         super().__init__()
         self.command = f"edgeft train --resume {run}"
-
-
-@dataclass(frozen=True)
-class Gguf:
-    """A base that stays as it is."""
-
-    file: Path
-    sha256: str
-    layer_bytes: int
-    """Of its tensors between embedding and head, which stay packed in memory."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ def prepare(config: TrainConfig, progress: Progress | None = None) -> Prepared:
     from edgeft.train.hardware import detect, keep_freed_memory
     from edgeft.train.plan import make_plan, read_shape
 
-    base, gguf = _find_base(config, progress)
+    base, gguf = find_base(config, progress)
     text, shape = load_text_side(base.path), read_shape(base.path)
     shape = dataclasses.replace(shape, packed=gguf.layer_bytes if gguf else None)
     limit = min(config.max_length or shape.context, shape.context)
@@ -116,37 +107,10 @@ def prepare(config: TrainConfig, progress: Progress | None = None) -> Prepared:
     if not valid:
         notes.append("no validation split: no early stopping, the last weights are kept")
     plan, schedule = make_plan(config, shape, hardware, train, valid)
+    system = _system(examples)
     return Prepared(
-        config,
-        base,
-        gguf,
-        text,
-        train,
-        valid,
-        held_out,
-        name,
-        _system(examples),
-        hardware,
-        plan,
-        schedule,
-        tuple(notes),
+        config, base, gguf, text, train, valid, held_out, name, system, hardware, plan, schedule, tuple(notes)
     )
-
-
-def _find_base(config: TrainConfig, progress: Progress | None) -> tuple[ResolvedModel, Gguf | None]:
-    if config.method != "gguf":
-        return resolve(config.model, want="hf", progress=progress), None
-    from edgeft.models.gguf_header import read_header
-    from edgeft.models.gguf_import import text_side
-    from edgeft.models.gguf_torch import check_supported
-
-    found = resolve(config.model, want="gguf", progress=progress)
-    header = read_header(found.path)
-    check_supported(header)
-    folder = text_side(found.path)
-    base = ResolvedModel("hf", folder, found.reference, found.licence or header.licence)
-    layers = sum(tensor.bytes for tensor in header.tensors if tensor.name.startswith("blk."))
-    return base, Gguf(found.path, sha256_file(found.path), layers)
 
 
 def _held_out(data: str) -> dict[str, list[Example]]:
@@ -399,7 +363,7 @@ def _manifest(ready: Prepared, result: Evaluation | None, session: Session) -> R
         evaluation |= {"best_val_loss": session.state.best_nll, "best_step": session.state.best_step or 0}
     return RunManifest(
         method=config.method,
-        base=_base(ready),
+        base=base_record(config, ready.base.path, ready.gguf),
         data={
             "reference": config.data,
             "path": str(resolve_dataset(config.data)),
@@ -413,13 +377,6 @@ def _manifest(ready: Prepared, result: Evaluation | None, session: Session) -> R
         evaluation=evaluation,
         licence=ready.base.licence,
     )
-
-
-def _base(ready: Prepared) -> dict[str, str]:
-    known = {"reference": ready.config.model, "path": str(ready.base.path)}
-    if ready.gguf is None:
-        return {**known, "digest": weights_digest(ready.base.path)}
-    return {**known, "gguf": str(ready.gguf.file), "digest": ready.gguf.sha256}
 
 
 def _draw(run: Run) -> None:
