@@ -7,7 +7,6 @@ the GIL during a call, so threads quantize in parallel.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeft.errors import MissingDependency, ModelError
+from edgeft.models.ggml_library import ggml_library
 from edgeft.openmp import short_spins
 
 if TYPE_CHECKING:
@@ -77,10 +77,6 @@ TYPES: Mapping[str, GgmlType] = {
 _WEIGHTED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS")
 """ggml aborts the process when these are quantized without an importance matrix."""
 
-_LIBRARIES = (
-    ("llama_cpp", "lib", ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.so.*")),
-    ("xllamacpp", "", ("xllamacpp*.so", "xllamacpp*.pyd")),
-)
 _SYMBOLS = (
     "ggml_quantize_chunk",
     "ggml_get_type_traits",
@@ -93,21 +89,6 @@ _SYMBOLS = (
     "ggml_fp32_to_bf16_row_ref",
     "ggml_fp32_to_fp16_row",
 )
-
-
-def ggml_library() -> Path:
-    """The shared library with ggml's quantizers; found without importing the package that ships it.
-
-    Raises:
-        MissingDependency: neither binding is installed.
-    """
-    for package, folder, patterns in _LIBRARIES:
-        spec = importlib.util.find_spec(package)
-        for location in (spec.submodule_search_locations or ()) if spec else ():
-            for pattern in patterns:
-                if found := sorted(Path(location, folder).glob(pattern)):
-                    return found[0]
-    raise MissingDependency("no library with ggml's quantizers is installed", "pip install 'edgeft[export]'")
 
 
 class _Traits(ctypes.Structure):

@@ -55,10 +55,17 @@ _MIXTURES: Mapping[str, tuple[str, str, float]] = {
     "gguf-f32": ("F32", "Not quantized, float32.", 32.0),
 }
 
+_ADAPTERS: Mapping[str, tuple[str, str, float]] = {
+    # target -> (type of both matrices, description, bits per weight of the adapter)
+    "gguf-lora": ("F32", "The adapter alone, for an unmerged base GGUF.", 32.0),
+    "gguf-lora-f16": ("F16", "The same in half the size, with activations rounded to float16.", 16.0),
+}
+
 
 class GgufConverter:
     targets: Mapping[str, Target] = {
-        name: Target(name, description, bits, _RUNTIMES) for name, (_, description, bits) in _MIXTURES.items()
+        name: Target(name, description, bits, _RUNTIMES)
+        for name, (_, description, bits) in {**_MIXTURES, **_ADAPTERS}.items()
     }
 
     def ready(self) -> Support:
@@ -76,8 +83,12 @@ class GgufConverter:
         from .ggml import load
         from .gguf_plan import make_plan
 
+        if target in _ADAPTERS:
+            from . import gguf_lora
+
+            return gguf_lora.make_plan(source, target, _ADAPTERS[target][0], options, load())
         if target not in _MIXTURES:
-            raise UsageError(f"no GGUF target {target!r}", f"There are: {', '.join(_MIXTURES)}.")
+            raise UsageError(f"no GGUF target {target!r}", f"There are: {', '.join(self.targets)}.")
         return make_plan(source, target, _MIXTURES[target][0], options, load())
 
     def merged(self, source: Source) -> Merged:
@@ -103,6 +114,11 @@ class GgufConverter:
 
     def convert(self, plan: Plan, progress: Progress) -> Artifact:
         from .ggml import load
+
+        if plan.target in _ADAPTERS:
+            from . import gguf_lora
+
+            return gguf_lora.convert(plan, load(), progress)
         from .gguf_convert import convert
 
         return convert(plan, load(), progress)

@@ -66,7 +66,7 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     known = _importance(options)
     items, name, model = _items(tensors, mixture, family, sizes, config, options, known)
     if adapter is not None:
-        warnings += _no_effect(adapter, ggml)
+        warnings += no_effect(adapter, ggml)
     pairs = _metadata(source, options, config, items, MIXTURES[name].file_type, warnings)
     if mixture == "fit":
         items = fit_to_size(items, len(head(pairs, [item.info for item in items])), options, ggml)
@@ -151,7 +151,7 @@ def _parts(
         warnings.append(f"{HEAD} is left out: config.json ties it to the embedding, so the model does not use it")
         del base[HEAD]
     places = architectures.places(family, sizes, base, tied=tied)
-    changes = _changes(adapter, family)
+    changes = changes_of(adapter, family)
     if tied and _unties(base, adapter, changes, family, warnings):
         places.append(architectures.Place("output.weight", HEAD, TOP[HEAD]))
     slices = take_expert_changes(changes, adapter, family, sizes) if adapter else {}
@@ -160,7 +160,7 @@ def _parts(
     return Parts(base, changes, slices, places)
 
 
-def _changes(adapter: Adapter | None, family: Family) -> dict[str, Change]:
+def changes_of(adapter: Adapter | None, family: Family) -> dict[str, Change]:
     """What the adapter does, by the names of the tables."""
     if adapter is None:
         return {}
@@ -300,7 +300,7 @@ def _group(source: MergedTensor | Stack | NDArray[np.float32], words: Mapping[st
     return words["head"] if isinstance(source, MergedTensor) and source.order is not None else 1
 
 
-def _no_effect(adapter: Adapter, ggml: Ggml) -> list[str]:
+def no_effect(adapter: Adapter, ggml: Ggml) -> list[str]:
     """A warning when every B matrix is zero and nothing else changes: the file would be the base."""
     with Reader() as reader:
         for change in adapter.changes.values():

@@ -54,7 +54,7 @@ SCHEMA: tuple[Key, ...] = (
     Key("run.min-p", float, 0.05, "Drop tokens below this share of the most probable one.", minimum=0),
     Key("run.repeat-penalty", float, 1.0, "Above 1 discourages repetition.", minimum=0),
     Key("run.seed", int, 0, "Seed of the sampler."),
-    Key("train.method", str, "qlora", "What is trained.", ("qlora", "lora", "full")),
+    Key("train.method", str, "qlora", "What is trained.", ("qlora", "lora", "full", "gguf")),
     Key("train.rank", int, 16, "Rank of the adapter.", minimum=1),
     Key("train.learning-rate", float, 0.0, "0: chosen by method.", minimum=0),
     Key("export.target", str, "gguf-q4", "Export target when --to is not given."),

@@ -6,19 +6,24 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from edgeft import plugins
+from edgeft import config, plugins
 from edgeft.artifact import Artifact, write_manifest
 from edgeft.data.example import Encoded
 from edgeft.errors import ModelError, UsageError
 from edgeft.models import ResolvedModel, resolve, weights_digest
+from edgeft.models.gguf_import import text_side
+from edgeft.paths import sha256_file
 from edgeft.plugins import Converter, ConvertOptions, Plan, Source
 from edgeft.progress import Progress, Silent
-from edgeft.run import Run
+from edgeft.run import Run, RunManifest
 
 Rounding = Literal["none", "bf16", "f16"]
+
+ADAPTER_TARGET = "gguf-lora"
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Export:
 
 def prepare(
     model: str,
-    target: str,
+    target: str | None = None,
     *,
     adapter: Path | None = None,
     out: Path | None = None,
@@ -59,19 +64,53 @@ def prepare(
     Args:
         model: a run, an adapter directory, or any model reference (a GGUF is first imported).
         extra: what only some converters know; see their `ConvertOptions.extra`.
+        target: None: `default_target`.
         out: the file to write; by default `<name>-<target's short name>` in the current folder.
 
     Raises:
         UsageError: no such model or target, or an adapter for something that has its own.
         ModelError, UnsupportedModel: what is there cannot be exported.
     """
-    converter = converter_for(target)
+    if target is not None:
+        converter_for(target)  # a misspelt name is found before a model is fetched
     origin = find(model, adapter, progress or Silent())
+    target = target or default_target(origin)
+    converter = converter_for(target)
+    if origin.source.gguf is not None and not target.startswith(ADAPTER_TARGET):
+        origin = merged(origin, progress or Silent())
     out = out or Path(default_name(origin.name, target))
     if out.is_dir():
         raise UsageError(f"{out} is a folder", "Give the file to write with --out.")
     options = ConvertOptions(out, rounding, threads, extra or {})
     return Export(origin, converter.plan(origin.source, target, options), converter)
+
+
+def default_target(origin: Origin) -> str:
+    """A run on a GGUF ships its adapter alone, beside that file; everything else becomes what the settings say."""
+    return ADAPTER_TARGET if origin.source.gguf else str(config.load()["export.target"].value)
+
+
+def merged(origin: Origin, progress: Progress) -> Origin:
+    """A run on a GGUF, to be merged after all: into the file's weights, dequantized."""
+    assert origin.source.gguf is not None
+    _check_unchanged(origin)
+    base = resolve(str(origin.source.gguf), want="hf", progress=progress).path
+    source = dataclasses.replace(origin.source, base=base, gguf=None)
+    return dataclasses.replace(origin, source=source, base_digest=None)
+
+
+def _check_unchanged(origin: Origin) -> None:
+    """Raises: ModelError when the base is not the one the run was trained on."""
+    source = origin.source
+    if origin.base_digest is None:
+        return
+    found = weights_digest(source.base) if source.gguf is None else sha256_file(source.gguf)
+    if found != origin.base_digest:
+        raise ModelError(
+            f"{source.gguf or source.base} has changed since {origin.run.path if origin.run else 'the run'} "
+            "was trained on it",
+            "The adapter belongs to the old weights: restore them or train again.",
+        )
 
 
 def export(prepared: Export, progress: Progress) -> Artifact:
@@ -82,12 +121,7 @@ def export(prepared: Export, progress: Progress) -> Artifact:
         WriteError: the disk is full or read-only; nothing that looks finished is left.
     """
     origin = prepared.origin
-    base = origin.source.base
-    if origin.base_digest is not None and weights_digest(base) != origin.base_digest:
-        raise ModelError(
-            f"{base} has changed since {origin.run.path if origin.run else 'the run'} was trained on it",
-            "The adapter belongs to the old weights: restore them or train again.",
-        )
+    _check_unchanged(origin)
     artifact = prepared.converter.convert(prepared.plan, progress)
     assert artifact.manifest is not None
     manifest = dataclasses.replace(
@@ -118,6 +152,8 @@ def calibrate(
     from edgeft.importance import measure
 
     gguf = plugins.load("converters", "gguf")
+    if origin.source.gguf is not None:
+        origin = merged(origin, progress or Silent())
     encoded, reference = _calibration(origin, data, examples)
     with gguf.merged(origin.source) as weights:
         found = measure(origin.source, weights, encoded, progress=progress)
@@ -151,7 +187,8 @@ def converter_for(target: str) -> Converter:
         raise UsageError(f"no export target {target!r}", f"Targets begin with: {', '.join(known)}.")
     converter: Converter = plugins.load("converters", name)
     if target not in converter.targets:
-        raise UsageError(f"no export target {target!r}", f"There are: {', '.join(converter.targets)}.")
+        near = ", ".join(get_close_matches(target, converter.targets, 4, 0.5))
+        raise UsageError(f"no export target {target!r}", f"Near it: {near}; edgeft export --list has all.")
     return converter
 
 
@@ -179,6 +216,8 @@ def find(model: str, adapter: Path | None, progress: Progress) -> Origin:
 def _from_run(found: ResolvedModel, progress: Progress) -> Origin:
     run = Run(found.path)
     manifest = run.manifest()
+    if gguf := manifest.base.get("gguf"):
+        return _from_gguf_run(run, manifest, Path(gguf), progress)
     base = run.model
     if not base.is_dir():
         # The store may have been moved or emptied since; the reference still says what it was.
@@ -190,9 +229,18 @@ def _from_run(found: ResolvedModel, progress: Progress) -> Origin:
     return Origin(source, run.path.absolute().name, run, digest, manifest.licence)
 
 
+def _from_gguf_run(run: Run, manifest: RunManifest, file: Path, progress: Progress) -> Origin:
+    reference = str(manifest.base["reference"])
+    if not file.is_file():
+        file = resolve(reference, want="gguf", progress=progress).path
+    base = run.model if run.model.is_dir() else text_side(file)
+    source = Source(base, run.adapter, reference, manifest.chat_template, gguf=file)
+    return Origin(source, run.path.absolute().name, run, str(manifest.base["digest"]), manifest.licence)
+
+
 def _from_adapter(found: ResolvedModel, progress: Progress) -> Origin:
-    config = _read_json(found.path / "adapter_config.json")
-    reference = config.get("base_model_name_or_path")
+    settings = _read_json(found.path / "adapter_config.json")
+    reference = settings.get("base_model_name_or_path")
     if not reference:
         raise UsageError(
             f"{found.reference} does not say what its base model is",

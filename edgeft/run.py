@@ -26,9 +26,10 @@ SCHEMA = 1
 @dataclass(frozen=True)
 class RunManifest:
     method: str
-    """qlora, lora or full."""
+    """qlora, lora, full, or gguf: an adapter over a GGUF's own weights."""
     base: Mapping[str, Any]
-    """`reference` as the user named it, `path` of the Hugging Face directory, `digest` (SHA-256 over its weights)."""
+    """`reference` as the user named it, `path` of the Hugging Face directory, `digest` (SHA-256 over its weights).
+    For the method gguf: `gguf`, the file, with `digest` its SHA-256, and `path` the directory of its text side."""
     data: Mapping[str, Any]
     """`reference`, `path` and `digest`; see edgeft.data."""
     chat_template: str

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeft import plugins
-from edgeft.artifact import Artifact, manifest_path, open_artifact
+from edgeft.artifact import Artifact, manifest_path, open_artifact, read_manifest
 from edgeft.errors import EdgeftError, MissingDependency, ModelError, PluginError, UsageError
 from edgeft.models import resolve
-from edgeft.plugins import LoadOptions, Runtime, Session, Support
+from edgeft.plugins import AdapterScale, LoadOptions, Runtime, Session, Support
 from edgeft.progress import Progress
 
 AUTO = "auto"
@@ -26,22 +26,39 @@ class Opened:
     runtime: str
     reason: str
     """Why this runtime."""
+    adapters: tuple[AdapterScale, ...] = ()
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt of the training: of the adapters, when they agree on one, else of the model."""
+        manifests = [read_manifest(adapter.path) for adapter in self.adapters]
+        prompts = {manifest.system for manifest in manifests if manifest and manifest.system}
+        if len(prompts) == 1:
+            return prompts.pop()
+        return self.artifact.manifest.system if self.artifact.manifest and not prompts else None
 
 
 def open_session(
-    reference: str, runtime: str = AUTO, options: LoadOptions | None = None, progress: Progress | None = None
+    reference: str,
+    runtime: str = AUTO,
+    options: LoadOptions | None = None,
+    progress: Progress | None = None,
+    *,
+    adapters: Sequence[AdapterScale] = (),
 ) -> Opened:
-    """Load a model by reference.
+    """Load a model by reference, with adapters on it.
 
     Args:
         reference: anything `edgeft.models.resolve` understands that is, or was pulled as, a file a runtime runs.
         runtime: a runtime's name, or "auto": the first one that can run it.
 
     Raises:
-        UsageError, ModelError: the model cannot be found or read.
+        UsageError, ModelError: the model cannot be found or read, or an adapter belongs to another.
         MissingDependency: no runtime that could run it is installed.
     """
     artifact = find_artifact(reference, runtime, progress)
+    if artifact.manifest and artifact.manifest.format == "adapter":
+        raise UsageError(f"{reference} is an adapter", f"Give its base, and --adapter {reference}.")
     name, reason = choose(artifact) if runtime == AUTO else (runtime, "asked for")
     plugin: Runtime = plugins.load("runtimes", name)
     with _border(name):
@@ -49,7 +66,14 @@ def open_session(
     if not support.ok:
         raise _unsupported(name, support)
     with _border(name):
-        return Opened(plugin.load(artifact, options or LoadOptions()), artifact, name, reason)
+        session = plugin.load(artifact, options or LoadOptions())
+        if adapters:
+            try:
+                session.set_adapters(adapters)
+            except BaseException:
+                session.close()
+                raise
+    return Opened(session, artifact, name, reason, tuple(adapters))
 
 
 def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None = None) -> Artifact:

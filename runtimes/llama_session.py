@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeft.chat import Cancel, ChatTemplate, Delta, FinishReason, Message, Sampling, TokenIds, Usage
 from edgeft.errors import ModelError, UsageError
+from edgeft.models.adapter_file import check_base
 from edgeft.plugins import AdapterScale, LoadOptions
 
 from .amx import crashes_on_amx
@@ -322,9 +323,13 @@ class LlamaSession:
 
     def set_adapters(self, adapters: Sequence[AdapterScale]) -> None:
         self._alive()
-        handles = [self._adapter(adapter.path) for adapter in adapters]
-        count = len(handles)
-        scales = (ctypes.c_float * count)(*(adapter.scale for adapter in adapters))
+        scale_of: dict[int, float] = {}
+        for adapter in adapters:
+            # llama.cpp keeps one scale per adapter: given twice, the second would be ignored.
+            handle = self._adapter(adapter.path.absolute())
+            scale_of[handle] = scale_of.get(handle, 0.0) + adapter.scale
+        handles, count = list(scale_of), len(scale_of)
+        scales = (ctypes.c_float * count)(*scale_of.values())
         if self._lib.llama_set_adapters_lora(self._ctx, (ctypes.c_void_p * count)(*handles), count, scales):
             raise ModelError(f"llama.cpp refused the adapters{self._said()}")
         self._turn += 1
@@ -336,6 +341,7 @@ class LlamaSession:
         if path not in self._adapters:
             if not path.is_file():
                 raise ModelError(f"no adapter at {path}")
+            check_base(path, self._path)
             self._lib.forget_errors()
             handle = self._lib.llama_adapter_lora_init(self._model, str(path).encode())
             if not handle:

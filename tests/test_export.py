@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import tiny
 from edgeft.converters import gguf_types
-from edgeft.converters.ggml import TYPES, Ggml, ggml_library
+from edgeft.converters.ggml import TYPES, Ggml
 from edgeft.converters.gguf_mixtures import Model, more_bits
 from edgeft.converters.gguf_types import Shape
 
 from edgeft.artifact import manifest_path, read_manifest
 from edgeft.cli.main import main
 from edgeft.errors import MissingDependency, ModelError
+from edgeft.models.ggml_library import ggml_library
 from edgeft.run import Run, RunManifest
 
 pytestmark = [
@@ -270,7 +271,7 @@ def test_another_library_is_refused() -> None:
 
 
 def test_a_missing_library_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeft.converters.ggml._LIBRARIES", (("no_such_binding", "", ("*.so",)),))
+    monkeypatch.setattr("edgeft.models.ggml_library._LIBRARIES", (("no_such_binding", "", ("*.so",)),))
     with pytest.raises(MissingDependency) as caught:
         ggml_library()
     assert caught.value.hint == "pip install 'edgeft[export]'"
@@ -389,7 +390,7 @@ def test_a_checkpoint_of_integers(base: Path, tmp_path: Path, capsys: pytest.Cap
 def test_usage_errors(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ((base, "--to", "zip"), "no export target 'zip'"),
-        ((base, "--to", "gguf-q3"), "There are: gguf-q4"),
+        ((base, "--to", "gguf-q3"), "Near it: gguf-q3_k_s"),
         ((tmp_path / "nothing",), "no"),
     ):
         assert export(*arguments, "--out", tmp_path / "x") == 2

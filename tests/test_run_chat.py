@@ -123,7 +123,7 @@ def test_raw_leaves_the_template_out(capsys: pytest.CaptureFixture[str]) -> None
         (["--max-tokens", "0"], "max-tokens"),
         (["--temperature", "-1"], "temperature"),
         (["--adapter", "none.gguf"], "no adapter file none.gguf"),
-        (["--adapter", "none.gguf:0.5"], "no adapter file none.gguf"),
+        (["--adapter", "none.gguf=0.5"], "no adapter file none.gguf"),
         (["--json-schema", "none.json"], "none.json"),
         (["--json-schema", "m.txt"], "m.txt is not JSON"),
         (["--json-schema", "list.json"], "must be an object"),

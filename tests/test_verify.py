@@ -13,6 +13,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import write_loadable as write_base
 
 from edgeft.artifact import read_manifest
 from edgeft.cli.main import main
@@ -61,16 +62,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     lines = (json.dumps({"messages": chat(room)}) for room in ROOMS)
     (folder / "data" / "test.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    return folder
-
-
-def write_base(folder: Path, **settings: Any) -> Path:
-    """A tiny model whose tokenizer also merges: llama.cpp loads no byte-pair vocabulary without merges."""
-    tiny.write_model(folder, vocab_size=tiny.TOKENS + 2, **settings)
-    document = json.loads((folder / "tokenizer.json").read_text())
-    document["model"]["vocab"] |= {"th": tiny.TOKENS, "12": tiny.TOKENS + 1}
-    document["model"]["merges"] = ["t h", "1 2"]
-    (folder / "tokenizer.json").write_text(json.dumps(document))
     return folder
 
 

@@ -45,6 +45,16 @@ def write_model(folder: Path, kind: str = "llama", *, dtype: str = "float32", se
     return folder
 
 
+def write_loadable(folder: Path, kind: str = "llama", **settings: Any) -> Path:
+    """The same with a tokenizer that also merges: llama.cpp loads no byte-pair vocabulary without merges."""
+    write_model(folder, kind, vocab_size=TOKENS + 2, **settings)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["vocab"] |= {"th": TOKENS, "12": TOKENS + 1}
+    document["model"]["merges"] = ["t h", "1 2"]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    return folder
+
+
 def write_tokenizer(folder: Path) -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
     characters = sorted(_byte_characters())

@@ -1,8 +1,9 @@
-"""What `run` and `chat` share: options made from the settings, opening a model, and answers that Ctrl-C stops."""
+"""What `run`, `chat` and `eval` share: options made from the settings, opening a model, answers Ctrl-C stops."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -25,6 +26,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _PREFIX = "run."
 _KEYS = [key for key in config.SCHEMA if key.name.startswith(_PREFIX)]
+
+
+def adapter_option(command: Command) -> Command:
+    """`--adapter FILE[=SCALE]`, as often as there are adapters."""
+    text = "LoRA adapter (GGUF, see docs/adapters.md); repeatable."
+    return click.option("--adapter", "adapters", multiple=True, metavar="FILE[=SCALE]", help=text)(command)
 
 
 def run_options(command: Command) -> Command:
@@ -75,14 +82,7 @@ def open_model(reference: str, values: Mapping[str, Any], adapters: list[Adapter
     from edgeft.cli._output import ConsoleProgress
     from edgeft.sessions import open_session
 
-    opened = open_session(reference, str(values["runtime"]), _load_options(values), ConsoleProgress())
-    if adapters:
-        try:
-            opened.session.set_adapters(adapters)
-        except BaseException:
-            opened.session.close()
-            raise
-    return opened
+    return open_session(reference, str(values["runtime"]), _load_options(values), ConsoleProgress(), adapters=adapters)
 
 
 def _load_options(values: Mapping[str, Any]) -> LoadOptions:
@@ -101,26 +101,32 @@ def system_prompt(given: str | None, opened: Opened) -> str | None:
 
     if given is not None:
         return given or None
-    trained = opened.artifact.manifest.system if opened.artifact.manifest else None
+    trained = opened.system
     if trained:
         note(f"system prompt, from the model's training (--system changes it): {trained}")
     return trained
 
 
 def parse_adapter(text: str) -> AdapterScale:
-    """`FILE` or `FILE:SCALE`. Raises: UsageError when there is no such file."""
+    """`FILE` or `FILE=SCALE`. Raises: UsageError when there is no such file."""
     from edgeft.plugins import AdapterScale
 
-    path, _, scale = text.rpartition(":")
+    path, _, scale = text.rpartition("=")
     if path and not Path(text).exists():
         with contextlib.suppress(ValueError):
-            return AdapterScale(_existing(path), float(scale))
+            return AdapterScale(_existing(path), _finite(float(scale)))
     return AdapterScale(_existing(text))
+
+
+def _finite(scale: float) -> float:
+    if not math.isfinite(scale):
+        raise UsageError(f"an adapter's scale cannot be {scale}")
+    return scale
 
 
 def _existing(path: str) -> Path:
     if not Path(path).is_file():
-        raise UsageError(f"no adapter file {path}", "Give an adapter in GGUF format: --adapter FILE or FILE:SCALE.")
+        raise UsageError(f"no adapter file {path}", "Give an adapter in GGUF format: --adapter FILE or FILE=SCALE.")
     return Path(path)
 
 

@@ -15,7 +15,16 @@ from typing import Any
 import click
 
 from edgeft.chat import Sampling, TokenIds, Usage
-from edgeft.cli._generate import open_model, parse_adapter, run_options, sampling, settings, stream, system_prompt
+from edgeft.cli._generate import (
+    adapter_option,
+    open_model,
+    parse_adapter,
+    run_options,
+    sampling,
+    settings,
+    stream,
+    system_prompt,
+)
 from edgeft.cli._output import json_option, note, print_json, print_table
 from edgeft.errors import EdgeftError, ExitCode, UsageError
 from edgeft.history import Conversation, History
@@ -49,7 +58,7 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.argument("model", required=False)
 @click.option("--system", help="System prompt; default: the one the model was trained with, if any. '' for none.")
-@click.option("--adapter", "adapters", multiple=True, metavar="FILE[:SCALE]", help="LoRA adapter (GGUF); repeatable.")
+@adapter_option
 @click.option("--resume", is_flag=False, flag_value=LATEST, metavar="[ID]", help="Go on with a stored conversation.")
 @click.option("--list", "list_only", is_flag=True, help="Show stored conversations.")
 @click.option("--no-history", is_flag=True, help="Store nothing.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeft.cli._generate import adapter_option, parse_adapter
 from edgeft.cli._output import ConsoleProgress, json_option, note, print_json
 
 if TYPE_CHECKING:
@@ -20,12 +21,14 @@ Examples:
   edgeft eval bot-q4.gguf --data smart-home              every test example
   edgeft eval smollm2-135m --data mine.jsonl --limit 50  the model before training
   edgeft eval bot-q4.gguf --data smart-home --metrics speed --json
+  edgeft eval base-q4.gguf --adapter bot-lora.gguf --data smart-home
 """
 
 
 @click.command(name="eval", epilog=EPILOG)
 @click.argument("model")
 @click.option("--data", required=True, help="Data set: a file, a prepared folder or a built-in name.")
+@adapter_option
 @click.option("--split", default="test", show_default=True, type=click.Choice(["test", "valid", "train"]))
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first N examples only.")
 @click.option(
@@ -42,6 +45,7 @@ Examples:
 def evaluate(
     model: str,
     data: str,
+    adapters: tuple[str, ...],
     split: str,
     limit: int | None,
     metrics: str,
@@ -65,10 +69,13 @@ def evaluate(
 
     examples = load_split(data, split)[:limit]
     progress = ConsoleProgress()
-    opened = open_session(model, runtime, LoadOptions(threads=threads), progress)
+    scaled = [parse_adapter(adapter) for adapter in adapters]
+    opened = open_session(model, runtime, LoadOptions(threads=threads), progress, adapters=scaled)
     note(f"runtime: {opened.runtime} ({opened.reason})")
     with opened.session as session:
         figures, predictions = evaluate_file(session, opened.artifact.path, examples, metrics=wanted, progress=progress)
+    if adapters:
+        figures["adapters"] = {str(adapter.path): adapter.scale for adapter in scaled}
     figures = {"model": model, "data": data, "split": split, "runtime": opened.runtime, **figures}
     if out:
         _write(out, predictions)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeft import config
 from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, note, print_json, print_table
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def _list_targets(context: click.Context, parameter: click.Parameter, asked: boo
     "--to",
     "target",
     help="gguf-q4 (default: the best real 4-bit mixture for the model's shapes), gguf-q4_k_m, gguf-q8_0 and so on; "
-    "--list shows all.",
+    "gguf-lora: the adapter alone, not merged (default for a run on a GGUF); --list shows all.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; default: NAME-q4.gguf and the like, here.")
 @click.option("--no-verify", is_flag=True, help="Do not load the file and compare it with the model afterwards.")
@@ -142,10 +141,12 @@ def export(
     """
     from edgeft import export as workflow
 
-    target = target or ("gguf" if fit or bpw else str(config.load()["export.target"].value))
+    if fit or bpw:
+        target = target or "gguf"
     progress = ConsoleProgress()
     if engine == "llama.cpp":
         origin = workflow.find(model, adapter, progress)
+        target = target or workflow.default_target(origin)
         out = out or Path(workflow.default_name(origin.name, target))
         _three_passes(origin, target, out, checkout, no_verify=no_verify, as_json=as_json, dry_run=dry_run)
         return
@@ -171,6 +172,8 @@ def export(
         extra=extra,
         progress=progress,
     )
+    if target is None and prepared.origin.source.gguf:
+        note(f"note: trained on {prepared.origin.source.gguf.name} itself: writing the adapter alone (gguf-lora)")
     for warning in prepared.plan.warnings:
         note(f"note: {warning}")
     if dry_run:
@@ -232,6 +235,7 @@ def _three_passes(
 def _verify(origin: Origin, parameters: int, artifact: Artifact) -> list[Finding]:
     """A small sample through the file; `edgeft verify` does the thorough job."""
     from edgeft.errors import MissingDependency
+    from edgeft.plugins import AdapterScale
     from edgeft.sessions import open_session
     from edgeft.verify.quick import quick_check
 
@@ -240,14 +244,19 @@ def _verify(origin: Origin, parameters: int, artifact: Artifact) -> list[Finding
             "note: not compared with the model, which would not fit into memory; edgeft verify does on a larger machine"
         )
         return []
+    source = origin.source
+    lone = artifact.manifest is not None and artifact.manifest.format == "adapter"
+    if lone and source.gguf is None:
+        note(f"note: not verified without its base: edgeft verify RUN {artifact.path} --base BASE.gguf")
+        return []
+    file = source.gguf if lone and source.gguf else artifact.path
     try:
-        opened = open_session(str(artifact.path))
+        opened = open_session(str(file), adapters=[AdapterScale(artifact.path)] if lone else ())
     except MissingDependency as error:
         note(f"note: not verified, no runtime can load the file: {error.message}")
         return []
-    source = origin.source
     with opened.session as session:
-        return quick_check(artifact.path, source, session, examples=_examples(origin), progress=ConsoleProgress())
+        return quick_check(file, source, session, examples=_examples(origin), progress=ConsoleProgress())
 
 
 def _fits_in_memory(parameters: int) -> bool:

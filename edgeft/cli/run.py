@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeft.chat import Delta, Usage
-from edgeft.cli._generate import open_model, parse_adapter, run_options, sampling, settings, stream, system_prompt
+from edgeft.cli._generate import (
+    adapter_option,
+    open_model,
+    parse_adapter,
+    run_options,
+    sampling,
+    settings,
+    stream,
+    system_prompt,
+)
 from edgeft.cli._output import json_option, print_json
 from edgeft.errors import ExitCode, UsageError
 
@@ -35,7 +44,7 @@ Examples:
 @click.option("--system", help="System prompt; default: the one the model was trained with, if any. '' for none.")
 @click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without its chat template.")
 @click.option("--json-schema", "schema_file", type=click.Path(path_type=Path), help="Answer with JSON that validates.")
-@click.option("--adapter", "adapters", multiple=True, metavar="FILE[:SCALE]", help="LoRA adapter (GGUF); repeatable.")
+@adapter_option
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
 @click.option("--logprobs", type=click.IntRange(0, 100), default=0, help="Alternatives per token, in --json.")
 @run_options

@@ -13,6 +13,7 @@ from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, not
 from edgeft.errors import UsageError
 
 if TYPE_CHECKING:
+    from edgeft.config import Value
     from edgeft.train import Outcome, TrainConfig
     from edgeft.train.workflow import Prepared
 
@@ -21,6 +22,7 @@ Examples:
   edgeft train --model smollm2-135m --data smart-home
   edgeft train --model ./Qwen3-0.6B --data chats.jsonl --rank 32 --epochs 2
   edgeft train --model smollm2-135m --data smart-home --dry-run
+  edgeft train --model base-q4.gguf --data smart-home     an adapter for that very file
   edgeft train --resume runs/smart-home-1
 """
 
@@ -30,7 +32,11 @@ Examples:
 @click.option("--data", metavar="D", help="Data set: a file, a prepared folder or a built-in name.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Default: runs/<data>-<number>.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Continue this run; its own settings apply.")
-@click.option("--method", type=click.Choice(["qlora", "lora", "full"]), help="What is trained. Default: qlora.")
+@click.option(
+    "--method",
+    type=click.Choice(["qlora", "lora", "full", "gguf"]),
+    help="What is trained. Default: qlora; gguf for a .gguf file.",
+)
 @click.option("--rank", type=click.IntRange(1), help="Rank of the adapter. Default: 16.")
 @click.option("--alpha", type=float, help="Scale of the adapter is alpha / rank. Default: twice the rank.")
 @click.option("--dropout", type=float, help="Dropout before the adapter. Default: 0.")
@@ -112,11 +118,21 @@ def _configured(model: str | None, data: str | None, out: Path | None, flags: di
         raise UsageError("edgeft train needs --model and --data", "Or --resume RUN to continue an interrupted run.")
     chosen = {name: value for name, value in flags.items() if value is not None}
     values = settings.load()
-    for name in ("method", "rank", "learning_rate"):
+    chosen.setdefault("method", _method(model, values["train.method"]))
+    for name in ("rank", "learning_rate"):
         chosen.setdefault(name, values[f"train.{name.replace('_', '-')}"].value)
     if "target_modules" in chosen:
         chosen["target_modules"] = tuple(name.strip() for name in chosen["target_modules"].split(","))
     return TrainConfig(model=_absolute(model), data=_absolute(data), out=out or _free_folder(data), **chosen)
+
+
+def _method(model: str, setting: Value) -> str:
+    """Who names a GGUF file wants that file to ship: it is trained on as it is, unless somebody said otherwise."""
+    path = Path(model).expanduser()
+    if setting.origin == "default" and path.suffix == ".gguf" and path.is_file():
+        note(f"note: training on {path.name} itself, which stays as it is (--method qlora imports it instead)")
+        return "gguf"
+    return str(setting.value)
 
 
 def _absolute(reference: str) -> str:
@@ -196,4 +212,5 @@ def _report(outcome: Outcome) -> None:
         click.echo(
             f"held-out loss {evaluation['nll_training_graph']:.4f} nats per token ({evaluation['tokens']} tokens)"
         )
-    click.echo(f"run           {outcome.run.path}\nnext          edgeft export {outcome.run.path} --to gguf-q4")
+    target = "" if outcome.manifest.method == "gguf" else " --to gguf-q4"
+    click.echo(f"run           {outcome.run.path}\nnext          edgeft export {outcome.run.path}{target}")

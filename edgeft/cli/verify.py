@@ -11,6 +11,7 @@ import click
 from edgeft.cli._output import ConsoleProgress, json_option, note, print_json, print_table
 
 if TYPE_CHECKING:
+    from edgeft.plugins import AdapterScale
     from edgeft.run import Run
     from edgeft.verify.report import Report
 
@@ -19,6 +20,7 @@ EPILOG = """
 Examples:
   edgeft verify runs/demo demo-q4.gguf                        on the run's own held-out data
   edgeft verify ./base demo-q4.gguf --adapter ./adapter --data mine.jsonl
+  edgeft verify runs/demo demo-lora.gguf --base base-q4.gguf  an adapter beside its base
   edgeft verify runs/demo demo-q4.gguf --tolerance kl=0.02 --tolerance top1=0.99
 """
 
@@ -27,6 +29,11 @@ Examples:
 @click.argument("model", metavar="RUN|MODEL")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--adapter", type=click.Path(path_type=Path), help="PEFT adapter on MODEL, when that is not a run.")
+@click.option(
+    "--base",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="GGUF that an adapter ARTIFACT goes onto; default: the one it was trained on.",
+)
 @click.option("--data", help="Data set to compare on; default: the run's own.")
 @click.option("--split", type=click.Choice(["test", "valid", "train"]), help="Default: test, or valid without one.")
 @click.option("--examples", type=click.IntRange(min=1), help="Compare the first N examples only.")
@@ -37,6 +44,7 @@ def verify(
     model: str,
     artifact: Path,
     adapter: Path | None,
+    base: Path | None,
     data: str | None,
     split: str | None,
     examples: int | None,
@@ -53,20 +61,23 @@ def verify(
     """
     limits = dict(_limit(text) for text in tolerance)
     from edgeft.artifact import update_ledger
-    from edgeft.export import find
+    from edgeft.export import find, merged
     from edgeft.sessions import open_session
     from edgeft.verify.check import verify_file
     from edgeft.verify.examples import held_out
 
     progress = ConsoleProgress()
     origin = find(model, adapter, progress)
+    file, adapters = _parts(artifact, base or origin.source.gguf)
+    if origin.source.gguf and not adapters:
+        origin = merged(origin, progress)
     held, notes = held_out(origin.run, data, split)
     for text in notes:
         note(f"note: {text}")
     compared = held[:examples]
     # A ledger's stages belong to one set of examples.
     whole = examples is None and (origin.run is None or (data is None and split is None))
-    opened = open_session(str(artifact), runtime, progress=progress)
+    opened = open_session(str(file), runtime, progress=progress, adapters=adapters)
     with opened.session as session:
         report = verify_file(
             origin.source,
@@ -78,10 +89,24 @@ def verify(
             progress=progress,
         )
     if whole:
-        update_ledger(opened.artifact.path, report.ledger)
+        update_ledger(artifact, report.ledger)
         _compare_counts(origin.run, report)
     _print(report, {"model": model, "artifact": str(artifact), "runtime": opened.runtime}, as_json)
     _fail_on(report, artifact)
+
+
+def _parts(artifact: Path, base: Path | None) -> tuple[Path, list[AdapterScale]]:
+    """The file to load and what goes onto it. Raises: UsageError for an adapter without a base."""
+    from edgeft.errors import UsageError
+    from edgeft.models.adapter_file import is_adapter
+    from edgeft.models.gguf_header import read_header
+    from edgeft.plugins import AdapterScale
+
+    if artifact.suffix != ".gguf" or not is_adapter(read_header(artifact)):
+        return artifact, []
+    if base is None:
+        raise UsageError(f"{artifact} is an adapter", "Name the GGUF it goes onto: --base FILE.")
+    return base, [AdapterScale(artifact)]
 
 
 def _trained_nll(run: Run | None) -> float | None:

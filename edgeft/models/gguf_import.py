@@ -41,6 +41,43 @@ def imported(file: Path, progress: Progress | None = None) -> Path:
     return folder
 
 
+def text_side(file: Path) -> Path:
+    """The same directory without weights: configuration, tokenizer and template of a GGUF that is used as it is.
+
+    Raises: as `imported`.
+    """
+    header = read_header(file)
+    digest = sha256_file(file)
+    folder = imports_dir() / f"{_slug(file.stem)}-{digest[:12]}-r{RECIPE}-text"
+    with locked(folder.name):
+        if not (folder / "config.json").is_file():
+            sweep(imports_dir(), f".{folder.name}.*.tmp")
+            with atomic_directory(folder) as made, quiet_libraries():
+                _save_tokenizer(header, made)
+                _save_config(header, made)
+                _finish(header, made)
+                write_json(made / SIDECAR, _origin(header, digest))
+    return folder
+
+
+def _save_config(header: GgufHeader, folder: Path) -> None:
+    torch = require("torch", "train")
+    transformers = require("transformers", "train")
+    file = header.path
+    try:
+        config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        if width := header.metadata.get(f"{header.architecture}.attention.key_length"):
+            config.head_dim = width  # transformers leaves it out
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise _unsupported(header, error) from error
+    model.config.architectures = [type(model).__name__]
+    model.config.tie_word_embeddings = all(tensor.name != "output.weight" for tensor in header.tensors)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 

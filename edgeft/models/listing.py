@@ -43,7 +43,13 @@ def _alias(alias: Alias) -> StoredModel:
 def _imports() -> list[StoredModel]:
     return [
         StoredModel(
-            folder.name, "import", True, size_on_disk(folder), 16.0, read_sidecar(folder).get("licence"), folder
+            folder.name,
+            "import",
+            True,
+            size_on_disk(folder),
+            16.0 if (folder / "model.safetensors").is_file() else None,
+            read_sidecar(folder).get("licence"),
+            folder,
         )
         for folder in _folders(imports_dir())
         if (folder / "config.json").is_file()

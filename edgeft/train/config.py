@@ -12,11 +12,13 @@ from typing import Any, Literal, get_args
 from edgeft.errors import ConfigError, UsageError
 from edgeft.paths import write_text
 
-Method = Literal["qlora", "lora", "full"]
+Method = Literal["qlora", "lora", "full", "gguf"]
+"""gguf: an adapter over the very file that will ship, its quantized weights as they are."""
+
 Scheduler = Literal["cosine", "linear", "constant"]
 
 # All weights of a small model can move little before it forgets; a fresh adapter has to move far.
-LEARNING_RATES: dict[str, float] = {"qlora": 1e-3, "lora": 1e-3, "full": 2e-5}
+LEARNING_RATES: dict[str, float] = {"qlora": 1e-3, "lora": 1e-3, "full": 2e-5, "gguf": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ class TrainConfig:
             raise UsageError(f"no method {self.method!r}", f"There are: {', '.join(get_args(Method))}.")
         if self.method == "full" and (self.dora or self.rslora):
             raise UsageError("full fine-tuning has no adapter: --dora and --rslora do not apply")
+        if self.method == "gguf" and self.dora:
+            raise UsageError(
+                "an adapter file for llama.cpp cannot hold DoRA's magnitudes", "Leave out --dora, or --method qlora."
+            )
 
     @property
     def effective_alpha(self) -> float:

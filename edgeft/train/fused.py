@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgeft.models.gguf_torch import PackedLinear
+
 # Modules whose forward is known to be exactly what the functions below compute.
 _RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 _SWIGLU_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
@@ -82,7 +84,9 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def dense_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """The (out, in) weight of a linear layer in `dtype`; NF4 weights are dequantized."""
+    """The (out, in) weight of a linear layer in `dtype`; NF4 and GGUF weights are dequantized."""
+    if isinstance(layer, PackedLinear):
+        return layer.dense(dtype)
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return layer.weight.to(dtype)
@@ -92,7 +96,7 @@ def dense_weight(layer: Any, dtype: torch.dtype) -> Tensor:
 
 
 class AdapterLinear(torch.autograd.Function):  # type: ignore[misc]
-    """`x W^T + b + s (x A^T) B^T` for a frozen W (float or NF4) and trained A (rank, in), B (out, rank).
+    """`x W^T + b + s (x A^T) B^T` for a frozen W (float, NF4 or GGUF) and trained A (rank, in), B (out, rank).
 
     Keeps x and the rank-wide product only; W is dequantized again for the backward pass.
     """

@@ -11,8 +11,11 @@ from edgeft.train.config import TrainConfig
 from edgeft.train.hardware import Hardware
 
 
-def load_base(path: Path, config: TrainConfig, hardware: Hardware) -> Any:
+def load_base(path: Path, config: TrainConfig, hardware: Hardware, gguf: Path | None = None) -> Any:
     """The base model on its device: NF4 for QLoRA, the compute dtype for LoRA, float32 for full fine-tuning.
+
+    Args:
+        gguf: for the method "gguf": the file whose weights stay as they are; `path` has its text side.
 
     Raises:
         MissingDependency: an extra is missing.
@@ -23,6 +26,10 @@ def load_base(path: Path, config: TrainConfig, hardware: Hardware) -> Any:
 
     attention.register()
     compute = getattr(torch, hardware.dtype)
+    if gguf is not None:
+        from edgeft.models.gguf_torch import load_packed
+
+        return load_packed(gguf, path, compute, attention=attention.NAME).to(hardware.device)
     options: dict[str, Any] = {"dtype": torch.float32 if config.method == "full" else compute}
     if hardware.device == "cuda":
         options["device_map"] = {"": 0}

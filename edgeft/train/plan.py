@@ -41,6 +41,8 @@ class Shape:
     body: int
     """Weights of all linear layers between embedding and head."""
     tied: bool
+    packed: int | None = None
+    """Bytes of those as a GGUF has them, for the method "gguf"."""
 
     @property
     def parameters(self) -> int:
@@ -190,7 +192,8 @@ def memory_bytes(config: TrainConfig, shape: Shape, hardware: Hardware, micro: i
     else:
         # NF4: 4 bits, and a scale of 8 bits per 64 weights with a float32 per 256 scales.
         per_weight = 0.516 if config.method == "qlora" else size
-        weights = round(per_weight * shape.body) + size * embeddings
+        layers = round(per_weight * shape.body) if shape.packed is None else shape.packed
+        weights = layers + size * embeddings
         trained = 16 * _adapter_parameters(config, shape)
     per_layer = micro * size * (_KEPT_HIDDEN * shape.hidden + _KEPT_MLP * shape.mlp)
     if config.dora or config.method == "full":

@@ -44,6 +44,8 @@ class TrainState:
     without_gain: int = 0
     """Validations since the best."""
     finished: bool = False
+    base: str | None = None
+    """SHA-256 of the GGUF that is trained on, where it is one."""
 
 
 @dataclass

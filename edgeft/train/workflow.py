@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import shutil
@@ -17,13 +18,14 @@ from edgeft import __version__
 from edgeft.data.encode import EncodedSet, encode_all
 from edgeft.data.example import Encoded, Example
 from edgeft.data.load import dataset_digest, load_split, resolve_dataset, split_files
-from edgeft.errors import DataError, MissingDependency, UsageError, WriteError, require
-from edgeft.models import ResolvedModel, resolve, weights_digest
+from edgeft.errors import DataError, MissingDependency, ModelError, UsageError, WriteError, require
+from edgeft.models import ResolvedModel
 from edgeft.models.text import TextSide, load_text_side
 from edgeft.openmp import TRAINING, short_spins
 from edgeft.paths import sync_directory
 from edgeft.progress import Progress, Silent
 from edgeft.run import Run, RunManifest
+from edgeft.train.base import Gguf, base_record, find_base
 from edgeft.train.config import TrainConfig, write_config
 
 if TYPE_CHECKING:
@@ -50,6 +52,9 @@ class Prepared:
 
     config: TrainConfig
     base: ResolvedModel
+    """A Hugging Face directory; for the method "gguf" without weights."""
+    gguf: Gguf | None
+    """The file that is trained on, for the method "gguf"."""
     text: TextSide
     train: list[Encoded]
     valid: list[Encoded]
@@ -86,8 +91,9 @@ def prepare(config: TrainConfig, progress: Progress | None = None) -> Prepared:
     from edgeft.train.hardware import detect, keep_freed_memory
     from edgeft.train.plan import make_plan, read_shape
 
-    base = resolve(config.model, want="hf", progress=progress)
+    base, gguf = find_base(config, progress)
     text, shape = load_text_side(base.path), read_shape(base.path)
+    shape = dataclasses.replace(shape, packed=gguf.layer_bytes if gguf else None)
     limit = min(config.max_length or shape.context, shape.context)
     keep_freed_memory()
     hardware = detect(config.device, config.dtype)
@@ -101,8 +107,9 @@ def prepare(config: TrainConfig, progress: Progress | None = None) -> Prepared:
     if not valid:
         notes.append("no validation split: no early stopping, the last weights are kept")
     plan, schedule = make_plan(config, shape, hardware, train, valid)
+    system = _system(examples)
     return Prepared(
-        config, base, text, train, valid, held_out, name, _system(examples), hardware, plan, schedule, tuple(notes)
+        config, base, gguf, text, train, valid, held_out, name, system, hardware, plan, schedule, tuple(notes)
     )
 
 
@@ -196,7 +203,9 @@ def _train(run: Run, ready: Prepared, progress: Progress) -> Outcome:
     recorder, folder = Recorder(run), run.path / "checkpoints"
     session = Session(config, ready.plan, ready.schedule, ready.train, ready.valid, folder, recorder, progress)
     progress.start("load the model", None)
-    trainer = _trainer(config, ready.base.path, ready.hardware, session)
+    session.state.base = ready.gguf.sha256 if ready.gguf else None
+    file = ready.gguf.file if ready.gguf else None
+    trainer = _trainer(config, ready.base.path, ready.hardware, session, file)
     _run_steps(trainer, session, run)
     if session.state.best_step is not None:
         trainer.load_weights(folder / "best")
@@ -224,14 +233,16 @@ def trainer_for(config: TrainConfig, base: Path, examples: Sequence[Encoded]) ->
     return _trainer(config, base, hardware, session)
 
 
-def _trainer(config: TrainConfig, base: Path, hardware: Hardware, session: Session) -> PackedTrainer:
+def _trainer(
+    config: TrainConfig, base: Path, hardware: Hardware, session: Session, gguf: Path | None = None
+) -> PackedTrainer:
     transformers = require("transformers", "train")
     from edgeft.train import fused
     from edgeft.train.loading import add_adapter, load_base
     from edgeft.train.trainer import PackedTrainer
 
     transformers.set_seed(config.seed)
-    model = load_base(base, config, hardware)
+    model = load_base(base, config, hardware, gguf)
     if config.method != "full":
         model = add_adapter(model, config, base)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, local_files_only=True)
@@ -251,7 +262,13 @@ def _run_steps(trainer: PackedTrainer, session: Session, run: Run) -> None:
     step = 0
     if last is not None:
         stored = checkpoint.read_state(last)
+        base = session.state.base
         session.state, step = TrainState(**stored["progress"]), stored["step"]
+        if session.state.base != base:
+            raise ModelError(
+                f"{session.config.model} is not the file that {run.path} was trained on so far",
+                "Restore it, or start a new run.",
+            )
         trainer.load_weights(last)
     session.recorder.rewind(step)
     session.recorder.event("resumed" if last else "started", step=step, steps=session.schedule.steps)
@@ -346,11 +363,7 @@ def _manifest(ready: Prepared, result: Evaluation | None, session: Session) -> R
         evaluation |= {"best_val_loss": session.state.best_nll, "best_step": session.state.best_step or 0}
     return RunManifest(
         method=config.method,
-        base={
-            "reference": config.model,
-            "path": str(ready.base.path),
-            "digest": weights_digest(ready.base.path),
-        },
+        base=base_record(config, ready.base.path, ready.gguf),
         data={
             "reference": config.data,
             "path": str(resolve_dataset(config.data)),

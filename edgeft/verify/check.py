@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from edgeft.data.encode import encode_all
 from edgeft.data.example import Encoded, Example
-from edgeft.models.gguf_header import read_header
+from edgeft.models.gguf_header import GgufHeader, read_header
 from edgeft.plugins import Session, Source
 from edgeft.progress import Progress, Silent
 from edgeft.verify.corpus import texts
 from edgeft.verify.divergence import Divergence, chunks, compare, file_rows, scored_rows
-from edgeft.verify.report import Finding, Report, Tolerance, check_names, tolerance_for
+from edgeft.verify.report import UNMERGED, Finding, Report, Tolerance, check_names, tolerance_for
 from edgeft.verify.text_checks import check_texts, trained_text
 from edgeft.verify.torch_reference import TorchReference, load_reference
 
@@ -45,7 +45,7 @@ def verify_file(
     """Compare a GGUF in its runtime with base and adapter merged in torch.
 
     Args:
-        artifact: the file that `session` has loaded.
+        artifact: the file that `session` has loaded; the base, when the adapter lies beside it.
         examples: held-out conversations; the same ones training was evaluated on make the ledger comparable.
         tolerance: changes to the default limits of the file's bits per weight (kl, top1, nll).
         nll_training_graph: from the run's manifest, passed on into the figures.
@@ -59,11 +59,11 @@ def verify_file(
     check_names(tolerance or {})
     findings = check_texts(source, header, session, texts())
     encoded = encode_for(source, examples, session.context)
-    reference = load_reference(source.base, source.adapter, rounded=source.nf4)
+    reference = load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf)
     total = compare_all(reference, session, encoded, progress)
     figures: dict[str, float | int | None] = {
         "nll_training_graph": nll_training_graph,
-        "nll_merged": total.nll_reference,
+        "nll_merged" if reference.merged else "nll_unmerged": total.nll_reference,
         "nll_file": total.nll_file,
         "kl": total.kl,
         "kl_worst_token": total.worst_kl,
@@ -72,13 +72,18 @@ def verify_file(
         "examples": total.examples,
         "bits_per_weight": header.bits_per_weight,
     }
-    limits = tolerance_for(header.bits_per_weight, total.nll_reference).with_changes(tolerance or {})
+    limits = limits_for(source, header, total).with_changes(tolerance or {})
     findings += check_limits(total, limits)
     if reference.has_adapter:
         finding, more = check_adapter(reference, session, encoded)
         findings.append(finding)
         figures |= more
     return Report(tuple(findings), {**figures, "seconds": round(time.monotonic() - started, 2)})
+
+
+def limits_for(source: Source, header: GgufHeader, total: Divergence) -> Tolerance:
+    """By the file's bits per weight; where nothing was rounded after training, those of `UNMERGED`."""
+    return UNMERGED if source.gguf else tolerance_for(header.bits_per_weight, total.nll_reference)
 
 
 def encode_for(source: Source, examples: Sequence[Example], context: int) -> list[Encoded]:

@@ -12,10 +12,10 @@ from edgeft.models.gguf_header import GgufHeader, read_header
 from edgeft.plugins import Session, Source
 from edgeft.progress import Progress
 from edgeft.verify import torch_reference
-from edgeft.verify.check import check_adapter, check_limits, compare_all
+from edgeft.verify.check import check_adapter, check_limits, compare_all, limits_for
 from edgeft.verify.corpus import texts
 from edgeft.verify.divergence import chunks, file_rows, scored_rows
-from edgeft.verify.report import Finding, tolerance_for
+from edgeft.verify.report import Finding
 from edgeft.verify.text_checks import check_texts, trained_text
 
 SAMPLE = 4
@@ -81,9 +81,9 @@ def check_finite(session: Session, example: Encoded) -> Finding:
 def _check_weights(
     source: Source, header: GgufHeader, session: Session, sample: Sequence[Encoded], progress: Progress | None
 ) -> list[Finding]:
-    reference = torch_reference.load_reference(source.base, source.adapter, rounded=source.nf4)
+    reference = torch_reference.load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf)
     total = compare_all(reference, session, sample, progress)
-    findings = check_limits(total, tolerance_for(header.bits_per_weight, total.nll_reference))
+    findings = check_limits(total, limits_for(source, header, total))
     if reference.has_adapter:
         findings.append(check_adapter(reference, session, sample)[0])
     return findings

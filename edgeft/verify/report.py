@@ -87,6 +87,10 @@ _CLASSES = (
 """See docs/verify.md for the measurements these leave room above."""
 
 
+UNMERGED = Tolerance(kl=0.01, top1=0.99, nll=0.005)
+"""For an adapter beside the very file it was trained on: all that differs is how activations are rounded."""
+
+
 def tolerance_for(bits_per_weight: float, nll_merged: float) -> Tolerance:
     """The default limits of a file with that many bits per weight, for a model with that loss on the data."""
     return next(allowance for allowance in _CLASSES if bits_per_weight >= allowance.bits).limits(nll_merged)
@@ -98,7 +102,8 @@ class Report:
 
     findings: tuple[Finding, ...]
     figures: Mapping[str, float | int | None] = field(default_factory=dict)
-    """nll_training_graph, nll_merged, nll_file, nll_base, kl, kl_base, top1_agreement, tokens, examples, seconds."""
+    """nll_training_graph, nll_merged or nll_unmerged, nll_file, nll_base, kl, kl_base, top1_agreement,
+    tokens, examples, seconds."""
 
     @property
     def ok(self) -> bool:
@@ -111,7 +116,7 @@ class Report:
     @property
     def ledger(self) -> dict[str, float]:
         """The losses, stage by stage."""
-        stages = ("nll_training_graph", "nll_merged", "nll_file")
+        stages = ("nll_training_graph", "nll_merged", "nll_unmerged", "nll_file")
         return {stage: value for stage in stages if (value := self.figures.get(stage)) is not None}
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The reference of every comparison: base weights in float32 with the adapter merged by PEFT, in torch."""
+"""The reference of every comparison: base weights in float32 with the adapter by PEFT, in torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 class TorchReference:
     """Base and merged model in one set of weights: the adapter is merged in place and can be taken out again.
 
-    The base has the weights export merges into: its own, or for a run of QLoRA those it was trained on.
+    The base has the weights export merges into: its own, or for a run of QLoRA those it was trained on. A GGUF that was
+    trained on as it is stays as it is: there the adapter is computed beside it.
     """
 
-    def __init__(self, model: Any, has_adapter: bool) -> None:
+    def __init__(self, model: Any, has_adapter: bool, *, merged: bool = True) -> None:
         self._model = model
         self.has_adapter = has_adapter
+        self.merged = merged
 
     @property
     def vocabulary(self) -> int:
@@ -47,6 +49,10 @@ class TorchReference:
         """The base model, for as long as the context lasts."""
         if not self.has_adapter:
             yield
+            return
+        if not self.merged:
+            with self._model.disable_adapter():
+                yield
             return
         self._model.unmerge_adapter()
         try:
@@ -70,11 +76,14 @@ def available() -> bool:
     return all(find_spec(name) is not None for name in ("torch", "transformers", "peft"))
 
 
-def load_reference(base: Path, adapter: Path | None, *, rounded: bool = False) -> TorchReference:
+def load_reference(
+    base: Path, adapter: Path | None, *, rounded: bool = False, gguf: Path | None = None
+) -> TorchReference:
     """Load a base model in float32 and merge an adapter into it.
 
     Args:
         rounded: take the base as QLoRA trained on it, rounded to NF4 by bitsandbytes itself.
+        gguf: take the weights of this file, of which `base` is the text side, and do not merge.
 
     Raises:
         MissingDependency: torch, transformers or peft is not installed.
@@ -85,12 +94,23 @@ def load_reference(base: Path, adapter: Path | None, *, rounded: bool = False) -
     with short_spins(TRAINING):
         require("torch", "train")  # takes turns with llama.cpp: its threads must not hold the cores
     with quiet_libraries():
-        model = _load_base(base)
+        model = _load_base(base) if gguf is None else _load_gguf(gguf, base)
         if rounded:
             _round_to_nf4(model)
         if adapter is not None:
             model = _with_adapter(model, base, adapter)
-    return TorchReference(model.eval(), adapter is not None)
+            if gguf is None:
+                model.merge_adapter()
+    return TorchReference(model.eval(), adapter is not None, merged=gguf is None)
+
+
+def _load_gguf(file: Path, folder: Path) -> Any:
+    torch = require("torch", "train")
+    from edgeft.models.gguf_torch import load_packed, unpack
+
+    model = load_packed(file, folder, torch.float32)
+    unpack(model)
+    return model
 
 
 def _load_base(base: Path) -> Any:
@@ -120,7 +140,6 @@ def _with_adapter(model: Any, base: Path, adapter: Path) -> Any:
         if (rows := _embedding_rows(adapter)) is not None and rows != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows)
         model = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-        model.merge_adapter()
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ModelError(
             f"the adapter {adapter} does not go onto {base}: {_first_line(error)}",
