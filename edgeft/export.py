@@ -187,7 +187,8 @@ def converter_for(target: str) -> Converter:
         raise UsageError(f"no export target {target!r}", f"Targets begin with: {', '.join(known)}.")
     converter: Converter = plugins.load("converters", name)
     if target not in converter.targets:
-        near = ", ".join(get_close_matches(target, converter.targets, 4, 0.5))
+        begins = [name for name in converter.targets if name.startswith(target)]
+        near = ", ".join(begins or get_close_matches(target, converter.targets, 4, 0.5) or list(converter.targets)[:4])
         raise UsageError(f"no export target {target!r}", f"Near it: {near}; edgeft export --list has all.")
     return converter
 
