@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edgeft.errors import ModelError
 from edgeft.plugins import Source
 
@@ -16,6 +14,7 @@ from .safetensors_rows import Reader
 if TYPE_CHECKING:
     from types import TracebackType
 
+    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -43,7 +42,8 @@ class Merged:
             raise ModelError(f"the model has no tensor {name}")
         tensor = self._tensors[name][0]
         rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-        return np.ascontiguousarray(tensor.load(self._reader, self._ggml).rows(0, rows)).reshape(tensor.shape)
+        # A copy: the rows are valid until the next call.
+        return tensor.load(self._reader, self._ggml).rows(0, rows).reshape(tensor.shape).copy()
 
     def __enter__(self) -> Merged:
         self._reader.__enter__()

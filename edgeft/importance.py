@@ -147,9 +147,8 @@ class _Collector:
         torch = require("torch", "train")
         handles = []
         for name, layer in self._layer_names.items():
-            handles.append(layer.register_forward_pre_hook(lambda module, args, name=name: self._fill(name, module)))
-            if not self._keep:
-                handles.append(layer.register_forward_hook(lambda module, args, out: _empty(module)))
+            # Not by hooks: the second call, for the backward pass, goes past them.
+            layer._gradient_checkpointing_func = functools.partial(self._checkpoint, name, layer)
         for name, module in self._model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 handles.append(module.register_forward_hook(self._listen(f"{name}.weight")))
@@ -158,6 +157,17 @@ class _Collector:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _checkpoint(self, name: str, layer: Any, forward: Callable[..., Any], *args: Any) -> Any:
+        def call(*inner: Any) -> Any:
+            self._fill(name, layer)
+            try:
+                return forward(*inner)
+            finally:
+                if not self._keep:
+                    _empty(layer)
+
+        return require("torch.utils.checkpoint", "train").checkpoint(call, *args, use_reentrant=True)
 
     def _fill(self, name: str, module: Any, *, own: bool = False) -> None:
         """Give a module its weights, and its parts theirs unless `own`."""
