@@ -120,6 +120,7 @@ def edgeft_worker(what: str, examples: int) -> dict[str, Any]:
     idle = start()
     from edgeft.models.quiet import quiet_libraries
     from edgeft.train import memory, workflow
+    from edgeft.train.batch import shared_prefix
     from edgeft.train.config import TrainConfig
     from edgeft.train.evaluation import evaluate
 
@@ -128,7 +129,7 @@ def edgeft_worker(what: str, examples: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         # Memory: two steps of 4 x 512 tokens. Speed: as many steps as the rival, four examples each; their shared
         # prompt is read once.
-        shared = 0 if what == "memory" else len(os.path.commonprefix([example.tokens for example in train]))
+        shared = 0 if what == "memory" else shared_prefix(train)
         per_step = 2048 if what == "memory" else shared + 4 * (tokens // len(train) - shared)
         config = TrainConfig(
             str(base), "-", Path(folder), rank=RANK, learning_rate=RATE, epochs=1, scheduler="linear", warmup=0.0,
