@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeft.errors import ModelError
-from edgeft.models.nf4 import BLOCK
 from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 
 from . import gguf_architectures as architectures
 from . import gguf_types, safetensors_rows
-from .adapter import EMBEDDING, HEAD, Adapter, Change, check_fit, read_adapter
+from .adapter import EMBEDDING, HEAD, Adapter, check_fit, read_adapter
 from .ggml import Ggml, GgmlType
 from .gguf_metadata import metadata, rope_parameters, stop_token_ids
 from .gguf_vocab import read_files
 from .gguf_writer import KeyValue, TensorInfo, data_size, head, uint32
 from .merge import MergedTensor, read_whole
 from .safetensors_rows import Reader, StoredTensor
+from .tying import is_nf4, separate_head
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -127,8 +127,8 @@ def _tensors(
         del base[HEAD]
     names = architectures.gguf_names(family, sizes, base, tied=tied)
     changes = dict(adapter.changes) if adapter else {}
-    if tied:
-        _tie(base, adapter, changes, names, warnings)
+    if tied and separate_head(base, adapter, changes, warnings):
+        names[HEAD] = "output.weight"
     if adapter:
         check_fit(adapter, changes, base)
     merged = {}
@@ -137,7 +137,7 @@ def _tensors(
         order = None
         if architectures.permutes_rows(family, name):
             order = architectures.rotary_order(base[name].shape[0], sizes.head)
-        merged[gguf] = MergedTensor(base[name], change, order, nf4=nf4 and _is_nf4(name, base[name]))
+        merged[gguf] = MergedTensor(base[name], change, order, nf4=nf4 and is_nf4(name, base[name]))
     embedding = merged["token_embd.weight"].shape
     output = merged.get("output.weight")
     if adapter and output is not None and output.shape != embedding:
@@ -146,57 +146,6 @@ def _tensors(
             f"{embedding}, the head {output.shape}"
         )
     return merged
-
-
-def _tie(
-    base: dict[str, StoredTensor],
-    adapter: Adapter | None,
-    changes: dict[str, Change],
-    names: dict[str, str],
-    warnings: list[str],
-) -> None:
-    """Keep embedding and head one tensor when training kept them one; else give the head its own."""
-    embedding, separate = changes.get(EMBEDDING), changes.get(HEAD)
-    if adapter is None or _still_tied(adapter, embedding, separate, base[EMBEDDING]):
-        changes.pop(HEAD, None)
-        return
-    # In training, what is added to the embedding alone leaves the head with the base's weights.
-    names[HEAD] = "output.weight"
-    base[HEAD] = (embedding.base if embedding and embedding.base else None) or base[EMBEDDING]
-    warnings.append("the adapter changes embedding and head separately; the file stores both, the base shared them")
-
-
-def _is_nf4(name: str, stored: StoredTensor) -> bool:
-    """As `edgeft.models.nf4.kept` has it: linear layers between embedding and head, of whole blocks per row."""
-    return ".layers." in name and len(stored.shape) == 2 and stored.columns % BLOCK == 0
-
-
-def _still_tied(adapter: Adapter, embedding: Change | None, separate: Change | None, base: StoredTensor) -> bool:
-    if embedding is None and separate is None:
-        return True
-    if separate is None and embedding is not None:
-        if embedding.down is not None:
-            return False
-        grown = embedding.replacement is not None and embedding.replacement.shape != base.shape
-        return embedding.replacement is None or grown or adapter.ties_weights
-    if embedding is None or separate is None or embedding.down or separate.down:
-        return False
-    return _same_bytes(embedding.replacement, separate.replacement) and embedding.tokens == separate.tokens
-
-
-def _same_bytes(one: StoredTensor | None, other: StoredTensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    step = 1 << 22
-    with one.file.open("rb") as left, other.file.open("rb") as right:
-        left.seek(one.offset)
-        right.seek(other.offset)
-        return all(
-            left.read(min(step, one.bytes - at)) == right.read(min(step, one.bytes - at))
-            for at in range(0, one.bytes, step)
-        )
 
 
 def _items(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeft import plugins
-from edgeft.artifact import Artifact, write_manifest
+from edgeft.artifact import Artifact, manifest_path, write_manifest
 from edgeft.errors import ModelError, UsageError
 from edgeft.models import ResolvedModel, resolve, weights_digest
-from edgeft.plugins import Converter, ConvertOptions, Plan, Source
+from edgeft.plugins import Converter, ConvertOptions, Plan, Source, Target
 from edgeft.progress import Progress, Silent
 from edgeft.run import Run
 
@@ -51,6 +51,7 @@ def prepare(
     rounding: Rounding = "none",
     threads: int | None = None,
     tokenizer_pre: str | None = None,
+    settings: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Export:
     """Find every part and plan the export; reads headers, not weights.
@@ -58,7 +59,8 @@ def prepare(
     Args:
         model: a run, an adapter directory, or any model reference (a GGUF is first imported).
         tokenizer_pre: llama.cpp's name of the pre-tokenizer, when it cannot be told from the tokenizer.
-        out: the file to write; by default `<name>-<target's short name>` in the current folder.
+        settings: the converter's own settings, by name.
+        out: the file or folder to write; by default `<name>-<target's short name>` in the current folder.
 
     Raises:
         UsageError: no such model or target, or an adapter for something that has its own.
@@ -67,10 +69,17 @@ def prepare(
     converter = converter_for(target)
     origin = find(model, adapter, progress or Silent())
     out = out or Path(default_name(origin.name, target))
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder", "Give the file to write with --out.")
-    options = ConvertOptions(out, rounding, threads, {"tokenizer_pre": tokenizer_pre})
+    _check_out(out, converter.targets[target])
+    options = ConvertOptions(out, rounding, threads, {"tokenizer_pre": tokenizer_pre, "settings": settings or {}})
     return Export(origin, converter.plan(origin.source, target, options), converter)
+
+
+def _check_out(out: Path, target: Target) -> None:
+    """Raises: UsageError when something else is in the artifact's place; an older artifact may be replaced."""
+    if not target.directory and out.is_dir():
+        raise UsageError(f"{out} is a folder", "Give the file to write with --out.")
+    if target.directory and out.exists() and not (out.is_dir() and manifest_path(out).is_file()):
+        raise UsageError(f"{out} exists and is not a model edgeft exported", "Give another folder with --out.")
 
 
 def export(prepared: Export, progress: Progress) -> Artifact:
@@ -114,9 +123,9 @@ def converter_for(target: str) -> Converter:
 
 
 def default_name(name: str, target: str) -> str:
-    """ "demo", "gguf-q4" -> "demo-q4.gguf"."""
+    """ "demo", "gguf-q4" -> "demo-q4.gguf"; "demo", "onnx-q4" -> "demo-q4-onnx", a folder."""
     kind, _, short = target.partition("-")
-    return f"{name}-{short}.{kind}"
+    return f"{name}-{short}{'-' if converter_for(target).targets[target].directory else '.'}{kind}"
 
 
 def find(model: str, adapter: Path | None, progress: Progress) -> Origin:

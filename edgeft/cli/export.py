@@ -39,7 +39,7 @@ Examples:
     "--to",
     "target",
     help="gguf-q4 (default: the best real 4-bit mixture for the model's shapes), gguf-q4_k_m, gguf-q4_0, gguf-q8_0, "
-    "gguf-bf16 or gguf-f16.",
+    "gguf-bf16 or gguf-f16; onnx-q4, onnx-int8 or onnx-fp32.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; default: NAME-q4.gguf and the like, here.")
 @click.option("--no-verify", is_flag=True, help="Do not load the file and compare it with the model afterwards.")
@@ -54,6 +54,7 @@ Examples:
 @click.option(
     "--tokenizer-pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where edgeft asks for it."
 )
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the target; docs/onnx.md.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that quantize; default: all cores.")
 @json_option
 @dry_run_option
@@ -65,6 +66,7 @@ def export(
     no_verify: bool,
     rounding: Any,
     tokenizer_pre: str | None,
+    settings: Sequence[str],
     threads: int | None,
     as_json: bool,
     dry_run: bool,
@@ -86,6 +88,7 @@ def export(
         rounding=rounding,
         threads=threads,
         tokenizer_pre=tokenizer_pre,
+        settings=dict(_setting(text) for text in settings),
         progress=progress,
     )
     for warning in prepared.plan.warnings:
@@ -99,6 +102,13 @@ def export(
     findings = [] if no_verify else _verify(prepared, artifact)
     _show_result(artifact, seconds, findings, as_json)
     _fail_on(findings, artifact)
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"--set: write NAME=VALUE, such as block=32, not {text!r}")
+    return name.strip(), value.strip()
 
 
 def _verify(prepared: Export, artifact: Artifact) -> list[Finding]:
