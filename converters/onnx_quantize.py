@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 Method = Literal["rtn", "k_quant", "hqq"]
 
-_ROWS = 4096
-"""Output rows rounded at once: 9 MB of float32 for 576 columns."""
+_SLAB = 1 << 20
+"""Weights rounded at once: k_quant holds about ten copies of them."""
 
 _DOMAIN = "com.microsoft"
 
@@ -204,9 +204,8 @@ def quantize(weights: NDArray[np.float32], bits: int, settings: Settings, *, tab
         table: for a lookup, which takes no zero points of HQQ's kind.
     """
     method = "k_quant" if settings.method == "hqq" and (table or bits != 4) else settings.method
-    parts = [
-        _rounded(weights[start : start + _ROWS], bits, method, settings) for start in range(0, len(weights), _ROWS)
-    ]
+    step = max(1, _SLAB // weights.shape[1])
+    parts = [_rounded(weights[start : start + step], bits, method, settings) for start in range(0, len(weights), step)]
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return Blocks(
         np.concatenate([part.codes for part in parts]),
@@ -276,7 +275,7 @@ def _quiet(tools: Any) -> Iterator[None]:
     for logger in loggers:
         logger.disabled = True
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), np.errstate(all="ignore"):
             yield
     finally:
         for logger, disabled in zip(loggers, before, strict=True):

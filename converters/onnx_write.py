@@ -33,6 +33,9 @@ from .safetensors_rows import Reader
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 
+_INLINE = 256
+"""Bytes below which a tensor stays in the graph: shapes must be there when onnxruntime infers others."""
+
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -132,7 +135,7 @@ def _write_model(plan: Plan, details: Details, ggml: Ggml, folder: Path, progres
             graph = build(folder, details.weights, WeightReader(details.weights, reader, ggml, plan.options.round))
             counts = _counts(graph)
             bits = quantize_graph(graph, details.settings, progress.advance) if details.settings.bits < 32 else {}
-            ir.save(graph.model, folder / MODEL, external_data=DATA, size_threshold_bytes=0)
+            ir.save(graph.model, folder / MODEL, external_data=DATA, size_threshold_bytes=_INLINE)
     finally:
         progress.finish()
     mix: dict[str, int] = {}
