@@ -41,10 +41,14 @@ def lazy_type() -> Any:
             if isinstance(shape, torch.Tensor):
                 return lazy(shape, make)
             if isinstance(shape, (tuple, list)) and any(isinstance(part, torch.Tensor) for part in shape):
-                return tuple(lazy(part, lambda at=at: make()[at]) for at, part in enumerate(shape))
+                return tuple(lazy(part, functools.partial(_part, make, at)) for at, part in enumerate(shape))
             return shape
 
     return LazyTensor
+
+
+def _part(make: Callable[[], Any], at: int) -> Any:
+    return make()[at]
 
 
 def lazy(meta: Any, make: Callable[[], Any]) -> Any:

@@ -136,6 +136,11 @@ def without_telemetry(module: str) -> ModuleType:
     return loaded
 
 
+def first_line(error: Exception) -> str:
+    """onnxruntime's messages carry a stack trace behind the first line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class OnnxSession:
     """One graph and one sequence whose keys and values are kept between calls."""
 

@@ -11,7 +11,7 @@ from edgeft.errors import ModelError
 from edgeft.plugins import LoadOptions
 
 from .cores import physical_cores
-from .onnx_session import OnnxRuntime, Shape, without_telemetry
+from .onnx_session import OnnxRuntime, Shape, first_line, without_telemetry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,9 @@ class PlainEngine:
         try:
             return self._ort.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes, one per status code
-            raise ModelError(f"onnxruntime cannot load {file}: {_first_line(error)}", "Export the model again.") from error
+            raise ModelError(
+                f"onnxruntime cannot load {file}: {first_line(error)}", "Export the model again."
+            ) from error
 
     def _buffers(self, folder: Path) -> dict[str, tuple[str, Any]]:
         """Input name -> output name and the buffer both use."""
@@ -74,9 +76,9 @@ class PlainEngine:
         except Exception as error:  # onnxruntime's own classes, one per status code
             if stopped.is_set():
                 return None
-            raise ModelError(f"onnxruntime could not evaluate {len(tokens)} tokens: {_first_line(error)}") from error
+            raise ModelError(f"onnxruntime could not evaluate {len(tokens)} tokens: {first_line(error)}") from error
         self._length += len(tokens)
-        logits: NDArray[np.float32] = binding.copy_outputs_to_cpu()[-1][0]
+        logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()[0]
         return logits
 
     def rewind(self, length: int) -> None:
@@ -87,10 +89,6 @@ class PlainEngine:
 
     def close(self) -> None:
         self._cache, self._session = {}, None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 runtime = OnnxRuntime("onnxruntime", "onnxruntime", PlainEngine)

@@ -12,7 +12,7 @@ from edgeft.errors import ModelError
 from edgeft.plugins import LoadOptions
 
 from .cores import physical_cores
-from .onnx_session import OnnxRuntime, Shape, without_telemetry
+from .onnx_session import OnnxRuntime, Shape, first_line, without_telemetry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ class GenaiEngine:
             self._generator = genai.Generator(self._model, parameters)
         except Exception as error:  # bare RuntimeError for whatever is wrong
             raise ModelError(
-                f"onnxruntime-genai cannot load {folder}: {_first_line(error)}", "Export the model again."
+                f"onnxruntime-genai cannot load {folder}: {first_line(error)}", "Export the model again."
             ) from error
 
     def evaluate(self, tokens: TokenIds, stopped: threading.Event) -> NDArray[np.float32] | None:
@@ -55,7 +55,9 @@ class GenaiEngine:
                 self._generator.append_tokens(np.array([part], np.int32))
                 parts.append(self._generator.get_output("logits")[0])
             except RuntimeError as error:
-                raise ModelError(f"onnxruntime-genai could not evaluate {len(part)} tokens: {_first_line(error)}") from error
+                raise ModelError(
+                    f"onnxruntime-genai could not evaluate {len(part)} tokens: {first_line(error)}"
+                ) from error
             self._length += len(part)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -69,10 +71,6 @@ class GenaiEngine:
 
     def close(self) -> None:
         self._generator = self._model = None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 runtime = OnnxRuntime("onnxruntime-genai", "onnxruntime_genai", GenaiEngine)

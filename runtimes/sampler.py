@@ -65,7 +65,8 @@ class Sampler:
             # The token with which the sum reaches top-p is the last one in.
             tokens = tokens[: int(np.searchsorted(np.cumsum(chances), how.top_p)) + 1]
         chances = chances[: len(tokens)]
-        return tokens[chances >= how.min_p * chances[0]]
+        kept: NDArray[np.intp] = tokens[chances >= how.min_p * chances[0]]
+        return kept
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
