@@ -33,7 +33,7 @@ from .safetensors_rows import Reader
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 
-_INLINE = 256
+_INLINE = 32
 """Bytes below which a tensor stays in the graph: shapes must be there when onnxruntime infers others."""
 
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

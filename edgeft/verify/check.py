@@ -72,7 +72,7 @@ def verify_file(
         "examples": total.examples,
         "bits_per_weight": facts.bits_per_weight,
     }
-    limits = tolerance_for(facts.bits_per_weight, total.nll_reference).with_changes(tolerance or {})
+    limits = tolerance_for(facts.precision, total.nll_reference).with_changes(tolerance or {})
     findings += check_limits(total, limits)
     if reference.has_adapter:
         finding, more = check_adapter(reference, session, encoded)

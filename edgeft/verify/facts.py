@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeft.artifact import read_manifest
+from edgeft.artifact import Manifest, read_manifest
 from edgeft.chat import ChatTemplate
 from edgeft.errors import ModelError
 from edgeft.models.gguf_header import GgufHeader, read_header
@@ -20,6 +20,12 @@ class FileFacts:
     ends: tuple[str, ...]
     """Text of every token that ends an answer."""
     bits_per_weight: float
+    precision: float
+    """Bits that make the weights exact, for the limits: a float32 scale says no more than a 16-bit one."""
+
+
+_PRECISION = {"int4": 4.5, "int8": 8.5, "fp32": 32.0}
+"""ONNX type -> bits of the GGUF type with the same codes (Q4_0, Q8_0)."""
 
 
 def read_facts(artifact: Path) -> FileFacts:
@@ -39,7 +45,12 @@ def _of_directory(folder: Path) -> FileFacts:
             f"Copy {folder.name}.json too, or export the model again.",
         )
     side = load_text_side(folder)
-    return FileFacts(side.template, side.eos_tokens, manifest.bits_per_weight)
+    return FileFacts(side.template, side.eos_tokens, manifest.bits_per_weight, _precision(manifest))
+
+
+def _precision(manifest: Manifest) -> float:
+    weights = sum(manifest.types.values())
+    return sum(_PRECISION.get(kind, 0.0) * count for kind, count in manifest.types.items()) / weights
 
 
 def _of_gguf(header: GgufHeader) -> FileFacts:
@@ -51,4 +62,4 @@ def _of_gguf(header: GgufHeader) -> FileFacts:
 
     template = ChatTemplate(header.chat_template, text("bos"), text("eos")) if header.chat_template else None
     ends = tuple(tokens[token] for token in stop_token_ids(header))
-    return FileFacts(template, ends, header.bits_per_weight)
+    return FileFacts(template, ends, header.bits_per_weight, header.bits_per_weight)

@@ -83,7 +83,7 @@ def _check_weights(
 ) -> list[Finding]:
     reference = torch_reference.load_reference(source.base, source.adapter, rounded=source.nf4)
     total = compare_all(reference, session, sample, progress)
-    findings = check_limits(total, tolerance_for(facts.bits_per_weight, total.nll_reference))
+    findings = check_limits(total, tolerance_for(facts.precision, total.nll_reference))
     if reference.has_adapter:
         findings.append(check_adapter(reference, session, sample)[0])
     return findings
