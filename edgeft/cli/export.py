@@ -52,8 +52,8 @@ def _list_targets(context: click.Context, parameter: click.Parameter, asked: boo
 @click.option(
     "--to",
     "target",
-    help="gguf-q4 (default: the best real 4-bit mixture for the model's shapes), gguf-q4_k_m, gguf-q8_0 and so on; "
-    "gguf-lora: the adapter alone, not merged (default for a run on a GGUF); --list shows all.",
+    help="gguf-q4 (default: the best real 4-bit mixture for the model's shapes), gguf-q4_k_m, gguf-q8_0, onnx-q4 "
+    "and so on; gguf-lora: the adapter alone, not merged (default for a run on a GGUF); --list shows all.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; default: NAME-q4.gguf and the like, here.")
 @click.option("--no-verify", is_flag=True, help="Do not load the file and compare it with the model afterwards.")
@@ -89,6 +89,7 @@ def _list_targets(context: click.Context, parameter: click.Parameter, asked: boo
 @click.option("--fit", metavar="SIZE", help="Choose types so that the file has at most this size: 90MB, 1.2GB.")
 @click.option("--bpw", type=click.FloatRange(min=1), help="Choose types for so many bits per weight: 4.5.")
 @click.option("--force", is_flag=True, help="Store ordinary weights in a ternary type all the same.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the target; docs/onnx.md.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that quantize; default: all cores.")
 @click.option(
     "--list",
@@ -128,6 +129,7 @@ def export(
     fit: str | None,
     bpw: float | None,
     force: bool,
+    settings: Sequence[str],
     threads: int | None,
     engine: str,
     checkout: Path | None,
@@ -161,6 +163,7 @@ def export(
         "bytes": _size(fit),
         "bits_per_weight": bpw,
         "force": force,
+        "settings": dict(_setting(text) for text in settings),
     }
     prepared = workflow.prepare(
         model,
@@ -185,6 +188,13 @@ def export(
     findings = [] if no_verify else _verify(prepared.origin, prepared.plan.parameters, artifact)
     _show_result(artifact, seconds, findings, as_json)
     _fail_on(findings, artifact)
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"--set: write NAME=VALUE, such as block=32, not {text!r}")
+    return name.strip(), value.strip()
 
 
 def _overrides(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
