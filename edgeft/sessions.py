@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edgeft import plugins
 from edgeft.artifact import Artifact, manifest_path, open_artifact, read_manifest
+from edgeft.bundle import is_bundle, read_bundle
 from edgeft.errors import EdgeftError, MissingDependency, ModelError, PluginError, UsageError
 from edgeft.models import resolve
 from edgeft.plugins import AdapterScale, LoadOptions, Runtime, Session, Support
@@ -57,6 +58,8 @@ def open_session(
         MissingDependency: no runtime that could run it is installed.
     """
     artifact = find_artifact(reference, runtime, progress)
+    if not adapters:
+        adapters = _bundled_adapters(reference)
     if artifact.manifest and artifact.manifest.format == "adapter":
         raise UsageError(f"{reference} is an adapter", f"Give its base, and --adapter {reference}.")
     name, reason = choose(artifact) if runtime == AUTO else (runtime, "asked for")
@@ -82,6 +85,8 @@ def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None
     Which files are models is for the runtimes to say: one that somebody else wrote may read what edgeft does not.
     """
     path = Path(reference).expanduser().absolute()
+    if is_bundle(path):
+        return open_artifact(path / read_bundle(path).model)
     if path.is_file() or (path.is_dir() and manifest_path(path).is_file()):
         return open_artifact(path)
     if runtime == "echo":
@@ -93,6 +98,13 @@ def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None
             f"Make one first: edgeft export {reference} --to gguf-q4",
         )
     return open_artifact(found.path)
+
+
+def _bundled_adapters(reference: str) -> list[AdapterScale]:
+    """The adapter of a bundle that has one; where there are several, the user chooses."""
+    path = Path(reference).expanduser().absolute()
+    adapters = list(read_bundle(path).adapters.values()) if is_bundle(path) else []
+    return [AdapterScale(path / adapters[0])] if len(adapters) == 1 else []
 
 
 def choose(artifact: Artifact) -> tuple[str, str]:

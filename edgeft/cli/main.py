@@ -20,6 +20,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "imatrix": ("edgeft.cli.imatrix:imatrix", "Measure how much each weight matters on your own text."),
     "verify": ("edgeft.cli.verify:verify", "Prove that a file answers as the trained model does."),
     "eval": ("edgeft.cli.evaluate:evaluate", "Exact match, loss and speed of a model on held-out data."),
+    "package": ("edgeft.cli.package:package", "Pack a model with all it needs to run on a device, offline."),
+    "install": ("edgeft.cli.install:install", "Install a bundle on this machine; roll back, uninstall."),
     "data": ("edgeft.cli.data:data", "Check, prepare and split data sets."),
     "models": ("edgeft.cli.models:models", "List, pull, import and remove models."),
     "config": ("edgeft.cli.config:config", "Show settings and where each one comes from."),
