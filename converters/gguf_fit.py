@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeft.errors import UsageError
-
 from .ggml import TYPES, Ggml, GgmlType
 from .safetensors_rows import Reader
 
@@ -64,52 +62,70 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One tensor to choose a type for."""
+class Part:
+    """One matrix: a whole tensor, or one expert of a stacked one."""
 
-    name: str
     source: MergedTensor
     sensitivity: Sensitivity
     importance: Floats | None
+    """Mean squared input of every column, (columns,)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One tensor to choose a type for; stacked experts share theirs."""
+
+    name: str
+    parts: tuple[Part, ...]
     group: int = 1
     """Rows that must be read together."""
 
 
-def fit(requests: Sequence[Request], budget: int, ggml: Ggml, threads: int) -> dict[str, Choice]:
-    """The types with the least expected loss in `budget` bytes.
+def measure(requests: Sequence[Request], ggml: Ggml, threads: int) -> dict[str, list[Choice]]:
+    """Every type worth considering for every tensor, from small to large.
 
     Raises:
-        UsageError: even the smallest types do not fit.
         ModelError: a weight is damaged.
     """
     with Reader() as reader, ThreadPoolExecutor(threads) as pool:
-
-        def measured(request: Request) -> list[Choice]:
-            return measure(request, request.source.load(reader, ggml), ggml)
-
-        found = dict(zip((request.name for request in requests), pool.map(measured, requests), strict=True))
-    return allocate(found, budget)
-
-
-def measure(request: Request, loaded: LoadedTensor, ggml: Ggml) -> list[Choice]:
-    """Every type that fits the rows, from small to large; what costs more and loses more is left out."""
-    rows, columns = request.source.shape
-    groups = np.random.default_rng(0).permutation(rows // request.group)
-    chosen = np.sort(groups[: max(1, SAMPLE_WEIGHTS // (columns * request.group))]) * request.group
-    sample = (chosen[:, None] + np.arange(request.group)).reshape(-1)
-    weights = np.concatenate([loaded.rows(int(row), int(row) + request.group).copy() for row in chosen])
-    return _choices(request, rows, sample, weights, ggml)
+        # Files are opened by one thread: here, not in the pool.
+        under_way = {
+            request.name: pool.submit(
+                choices_of, request, [part.source.load(reader, ggml) for part in request.parts], ggml
+            )
+            for request in requests
+        }
+        return {name: done.result() for name, done in under_way.items()}
 
 
-def _choices(request: Request, rows: int, sample: NDArray[np.intp], weights: Floats, ggml: Ggml) -> list[Choice]:
+def choices_of(request: Request, loaded: Sequence[LoadedTensor], ggml: Ggml) -> list[Choice]:
+    """The types that fit the rows; what takes more bytes and loses more is left out."""
+    rows, columns = request.parts[0].source.shape
+    total: dict[GgmlType, float] = {}
+    for part, tensor in zip(request.parts, loaded, strict=True):
+        sample = _sample(rows, columns * len(request.parts), request.group)
+        starts = sample[:: request.group]
+        weights = np.concatenate([tensor.rows(int(row), int(row) + request.group).copy() for row in starts])
+        for kind, errors in _errors(weights, part.importance, ggml):
+            total[kind] = total.get(kind, 0.0) + part.sensitivity.loss(errors, sample, rows)
+    stored = rows * len(request.parts)
+    found = [Choice(kind, stored * kind.row_bytes(columns), loss) for kind, loss in total.items()]
+    return list(_frontier(found)) or [Choice(TYPES["F16"], stored * columns * 2, 0.0)]
+
+
+def _sample(rows: int, cost: int, group: int) -> NDArray[np.intp]:
+    """Some rows, in whole groups, ascending: about `SAMPLE_WEIGHTS` weights when each row costs `cost`."""
+    groups = np.random.default_rng(0).permutation(rows // group)
+    chosen = np.sort(groups[: max(1, SAMPLE_WEIGHTS // (cost * group))]) * group
+    return (chosen[:, None] + np.arange(group)).reshape(-1)
+
+
+def _errors(weights: Floats, importance: Floats | None, ggml: Ggml) -> Iterator[tuple[GgmlType, Floats]]:
+    """What each type that fits does to some rows."""
     columns = weights.shape[1]
-    found = []
     for kind in (TYPES[name] for name in KINDS):
         if columns % kind.block == 0:
-            stored = ggml.quantize(kind, weights, request.importance)
-            errors = ggml.dequantize(kind, stored, columns) - weights
-            found.append(Choice(kind, rows * kind.row_bytes(columns), request.sensitivity.loss(errors, sample, rows)))
-    return list(_frontier(found)) or [Choice(TYPES["F16"], rows * columns * 2, 0.0)]
+            yield kind, ggml.dequantize(kind, ggml.quantize(kind, weights, importance), columns) - weights
 
 
 def _frontier(choices: Sequence[Choice]) -> Iterator[Choice]:
@@ -129,21 +145,18 @@ def _gain(small: Choice, large: Choice) -> float:
     return (small.loss - large.loss) / (large.bytes - small.bytes)
 
 
+def least(choices: Mapping[str, Sequence[Choice]]) -> int:
+    """Bytes of the smallest types."""
+    return sum(options[0].bytes for options in choices.values())
+
+
 def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
-    """Spend `budget` bytes: always on the step that saves most per byte.
+    """Spend `budget` bytes, at least `least(choices)`: always on the step that saves most per byte.
 
-    On convex choices this greedy order is optimal but for the last step that does not fit.
-
-    Raises:
-        UsageError: even the smallest types do not fit.
+    On convex choices this greedy order is optimal but for the last steps that do not fit.
     """
     at = dict.fromkeys(choices, 0)
-    spent = sum(options[0].bytes for options in choices.values())
-    if spent > budget:
-        raise UsageError(
-            f"{budget / 1e6:.1f} MB are too few for the weights: the smallest types take {spent / 1e6:.1f} MB",
-            "Give it more, or take a smaller model.",
-        )
+    spent = least(choices)
     steps = [(-_gain(*options[:2]), name) for name, options in choices.items() if len(options) > 1]
     heapq.heapify(steps)
     while steps:

@@ -57,10 +57,9 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     config = architectures.settings(config, family)
     architectures.check_config(config, family)
     sizes = architectures.sizes_of(config)
-    base = safetensors_rows.index(source.base)
     adapter = read_adapter(source.adapter) if source.adapter else None
     warnings: list[str] = []
-    tensors = _tensors(base, adapter, config, family, sizes, warnings, source.nf4)
+    tensors = merged_tensors(source, adapter, config, family, sizes, warnings)
     if source.nf4:
         warnings.append("merged into the base as QLoRA trained on it, rounded to NF4 (docs/export.md)")
     known = _importance(options)
@@ -112,18 +111,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(
-    found: dict[str, StoredTensor],
+def merged_tensors(
+    source: Source,
     adapter: Adapter | None,
     config: Mapping[str, Any],
     family: Family,
     sizes: architectures.Sizes,
     warnings: list[str],
-    nf4: bool,
 ) -> dict[str, MergedTensor | Stack]:
-    """GGUF name -> its weights."""
-    parts = _parts(found, adapter, config, family, sizes, warnings)
-    merged = _merged(parts, sizes, nf4)
+    """GGUF name -> its weights. Raises: ModelError, UnsupportedModel."""
+    parts = _parts(safetensors_rows.index(source.base), adapter, config, family, sizes, warnings)
+    merged = _merged(parts, sizes, source.nf4)
     _check_rows(adapter, merged, parts.base)
     return merged
 
