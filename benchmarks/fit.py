@@ -39,8 +39,10 @@ from edgeft.verify.divergence import chunks, file_rows, scored_rows
 ROOT = Path(__file__).resolve().parent.parent
 FOUR_BITS = ("q4_0", "iq4_nl", "iq4_xs", "q4_1", "q4_k_s", "q4_k_m")
 MIXTURES = ("q3_k_m", *FOUR_BITS, "q4", "q5_k_m")
-SEQUENCES, LENGTH, MEASURED = 40, 128, 64
-"""Per data set; tokens of a piece of the manual, and how many of its last are measured."""
+CALIBRATED, SEQUENCES = 40, 24
+"""Per data set."""
+LENGTH, MEASURED = 128, 64
+"""Tokens of a piece of the manual, and how many of its last are measured."""
 POSITIONS = 500_000_000
 """Log-probabilities per data set: 2 GB in float32."""
 RESAMPLES = 4000
@@ -120,8 +122,12 @@ def manual(tokenize: Callable[[str], list[int]], *, held_out: bool, begin: Seque
     tokens = [token for name in sorted(topics)[held_out::2] for token in tokenize(topics[name])]
     size = LENGTH - len(begin)
     starts = range(0, len(tokens) - size, size)
-    step = max(1, len(starts) // SEQUENCES)
-    return [_all_learned([*begin, *tokens[at : at + size]]) for at in starts[::step][:SEQUENCES]]
+    return [_all_learned([*begin, *tokens[at : at + size]]) for at in spread(starts, held_out=held_out)]
+
+
+def spread(found: Sequence[Any], *, held_out: bool) -> Sequence[Any]:
+    wanted = SEQUENCES if held_out else CALIBRATED
+    return found[:: max(1, len(found) // wanted)][:wanted]
 
 
 def _all_learned(tokens: list[int]) -> Encoded:
@@ -134,7 +140,7 @@ def conversations(origin: Origin, split: str) -> list[Encoded]:
     from edgeft.verify.text_checks import trained_text
 
     text, examples = trained_text(origin.source), load_split("smart-home", split)
-    chosen = examples[:: len(examples) // SEQUENCES][:SEQUENCES]
+    chosen = spread(examples, held_out=split == "test")
     return encode_all(chosen, text.need_template(), text.tokenize, text.eos_tokens).encoded
 
 

@@ -59,6 +59,8 @@ class Choice:
     bytes: int
     loss: float
     """Expected KL, nats per token."""
+    weighted: bool = False
+    """Whether the importance matrix weighs errors as the tensor is quantized."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,15 @@ def measure(requests: Sequence[Request], ggml: Ggml, threads: int) -> dict[str, 
 def choices_of(request: Request, loaded: Sequence[LoadedTensor], ggml: Ggml) -> list[Choice]:
     """The types that fit the rows; what takes more bytes and loses more is left out."""
     rows, columns = request.parts[0].source.shape
-    total: dict[GgmlType, float] = {}
+    total: dict[tuple[GgmlType, bool], float] = {}
     for part, tensor in zip(request.parts, loaded, strict=True):
         sample = _sample(rows, columns * len(request.parts), request.group)
         starts = sample[:: request.group]
         weights = np.concatenate([tensor.rows(int(row), int(row) + request.group).copy() for row in starts])
-        for kind, errors in _errors(weights, part.importance, ggml):
-            total[kind] = total.get(kind, 0.0) + part.sensitivity.loss(errors, sample, rows)
+        for way, errors in _errors(weights, part.importance, ggml):
+            total[way] = total.get(way, 0.0) + part.sensitivity.loss(errors, sample, rows)
     stored = rows * len(request.parts)
-    found = [Choice(kind, stored * kind.row_bytes(columns), loss) for kind, loss in total.items()]
+    found = [Choice(kind, stored * kind.row_bytes(columns), loss, way) for (kind, way), loss in total.items()]
     return list(_frontier(found)) or [Choice(TYPES["F16"], stored * columns * 2, 0.0)]
 
 
@@ -120,12 +122,14 @@ def _sample(rows: int, cost: int, group: int) -> NDArray[np.intp]:
     return (chosen[:, None] + np.arange(group)).reshape(-1)
 
 
-def _errors(weights: Floats, importance: Floats | None, ggml: Ggml) -> Iterator[tuple[GgmlType, Floats]]:
-    """What each type that fits does to some rows."""
+def _errors(weights: Floats, importance: Floats | None, ggml: Ggml) -> Iterator[tuple[tuple[GgmlType, bool], Floats]]:
+    """What each type that fits does to some rows, weighted and not; either may be better."""
     columns = weights.shape[1]
     for kind in (TYPES[name] for name in KINDS):
         if columns % kind.block == 0:
-            yield kind, ggml.dequantize(kind, ggml.quantize(kind, weights, importance), columns) - weights
+            for known in (None, importance)[: 1 if importance is None else 2]:
+                stored = ggml.quantize(kind, weights, known)
+                yield (kind, known is not None), ggml.dequantize(kind, stored, columns) - weights
 
 
 def _frontier(choices: Sequence[Choice]) -> Iterator[Choice]:

@@ -15,7 +15,7 @@ from edgeft.plugins import ConvertOptions
 
 from . import gguf_types
 from .ggml import Ggml
-from .gguf_fit import Part, Request, Sensitivity, allocate, least, measure
+from .gguf_fit import Choice, Part, Request, Sensitivity, allocate, least, measure
 from .gguf_items import Item, available_cores
 from .gguf_types import Shape
 from .gguf_writer import ALIGNMENT, padded
@@ -55,7 +55,20 @@ def fit_to_size(items: Sequence[Item], overhead: int, options: ConvertOptions, g
     if (smallest := taken + least(choices)) > budget:
         raise _impossible(smallest, overhead, items, options)
     chosen = allocate(choices, budget - taken)
-    return [replace(item, type=chosen[item.name].type, note="") if item.name in chosen else item for item in items]
+    importance = {request.name: _stacked(request) for request in requests}
+    return [
+        _stored_as(item, chosen[item.name], importance[item.name]) if item.name in chosen else item for item in items
+    ]
+
+
+def _stored_as(item: Item, choice: Choice, importance: Floats | None) -> Item:
+    return replace(item, type=choice.type, note="", importance=importance if choice.weighted else None)
+
+
+def _stacked(request: Request) -> Floats | None:
+    """(columns,), or (experts, columns), as `Item` has it."""
+    known = [part.importance for part in request.parts if part.importance is not None]
+    return None if not known else known[0] if len(known) == 1 else np.stack(known)
 
 
 def _budget(items: Sequence[Item], overhead: int, options: ConvertOptions) -> int:
@@ -95,11 +108,11 @@ def _request(item: Item, known: Mapping[str, Cost], tied: bool) -> Request:
     shape = (len(sources), item.rows // len(sources), item.columns)
     if not costs or any((*cost.rows.shape, cost.columns.shape[1]) != shape for cost in costs):
         raise ModelError(f"the importance matrix does not fit {item.name}", "It was made for another model.")
-    importance = None if item.importance is None else item.importance.reshape(len(sources), -1)
     parts = []
     for at, source in enumerate(sources):
         terms = tuple((_ordered(cost.rows[at], source), cost.columns[at]) for cost in costs)
-        parts.append(Part(source, Sensitivity(terms), None if importance is None else importance[at]))
+        # An embedding that is also the head is a matrix only as the head.
+        parts.append(Part(source, Sensitivity(terms), costs[-1].columns[at]))
     return Request(item.name, tuple(parts), item.row_group)
 
 
