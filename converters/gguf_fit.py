@@ -13,8 +13,9 @@ rows goes through ggml's quantizer and back. Bytes are then spent where a byte b
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 KINDS = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
 """With fast kernels on every CPU that llama.cpp knows, and none that needs an importance matrix."""
 
-SAMPLE_WEIGHTS = 1 << 16
-"""Weights per tensor whose error is measured; the error of their mean is about a percent."""
+SAMPLE_WEIGHTS = 1 << 15
+"""Weights per tensor whose error is measured; the error of their mean is one or two percent."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,18 @@ def measure(requests: Sequence[Request], ggml: Ggml, threads: int) -> dict[str, 
     Raises:
         ModelError: a weight is damaged.
     """
+    found: dict[str, list[Choice]] = {}
+    under_way: deque[tuple[str, Future[list[Choice]]]] = deque()
     with Reader() as reader, ThreadPoolExecutor(threads) as pool:
-        # Files are opened by one thread: here, not in the pool.
-        under_way = {
-            request.name: pool.submit(
-                choices_of, request, [part.source.load(reader, ggml) for part in request.parts], ggml
-            )
-            for request in requests
-        }
-        return {name: done.result() for name, done in under_way.items()}
+        for request in requests:
+            # Files are opened by one thread: here, not in the pool.
+            loaded = [part.source.load(reader, ggml) for part in request.parts]
+            under_way.append((request.name, pool.submit(choices_of, request, loaded, ggml)))
+            if len(under_way) > threads:
+                name, done = under_way.popleft()
+                found[name] = done.result()
+        found |= {name: done.result() for name, done in under_way}
+    return found
 
 
 def choices_of(request: Request, loaded: Sequence[LoadedTensor], ggml: Ggml) -> list[Choice]:
