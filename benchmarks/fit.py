@@ -276,7 +276,7 @@ def compare(bench: Bench, mixture: str) -> dict[str, Any]:
     files = {"plain": plain, "imatrix": bench.file(f"{mixture}-imatrix", f"gguf-{mixture}", imatrix=bench.importance)}
     fit = bench.file(f"fit-{plain.bytes}", "gguf", bytes=plain.bytes, imatrix=bench.importance)
     row: dict[str, Any] = {"mixture": mixture, "bytes": plain.bytes, "fit_bytes": fit.bytes}
-    row["bits_per_weight"] = plain.bits_per_weight
+    row |= {"imatrix_bytes": files["imatrix"].bytes, "bits_per_weight": plain.bits_per_weight}
     for name in plain.kl:
         figures: dict[str, Any] = {"fit": mean(fit, name), "fit_same_top": fit.same_top[name]}
         for kind, measured in files.items():

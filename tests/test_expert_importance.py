@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import reference
 import tiny_families
 import torch
 from edgeft.converters.gguf import converter
@@ -164,6 +167,32 @@ def test_the_file_is_llama_cpps(tmp_path: Path) -> None:
     means = read_importance(tmp_path / "x.gguf")["blk.0.ffn_up_exps.weight"]
     np.testing.assert_array_equal(means[1], 1)
     np.testing.assert_allclose(means[3], sums[3] / 2)
+
+
+@pytest.mark.reference
+@pytest.mark.skipif(shutil.which("g++") is None, reason="llama.cpp's reader must be compiled")
+def test_llama_cpps_own_reader_finds_the_same(cache: Path, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    source, folder = reference.converter_source(cache), Path(__file__).parent
+    library = next(Path(llama_cpp.__file__).parent.glob("lib/libggml-base.so*"))
+    program = tmp_path / "read"
+    files = [folder / "read_imatrix.cpp", source / "common" / "imatrix-loader.cpp", library]
+    headers = [f"-I{source / part}" for part in ("common", "include", "ggml/include", "vendor")]
+    subprocess.run(["g++", "-std=c++17", *headers, *files, f"-Wl,-rpath,{library.parent}", "-o", program], check=True)
+    sums, counts = np.arange(24, dtype=np.float32).reshape(4, 6) / 7, np.array([3, 0, 1, 2], np.float32)
+    uses = {
+        "blk.0.ffn_up_exps.weight": Use(sums, counts, gradients=np.ones((4, 5), np.float32)),
+        "output.weight": Use(sums[:1], counts[:1]),
+    }
+    embedding = np.ones(5, np.float32), np.ones(6, np.float32)
+    write_importance(tmp_path / "x.gguf", uses, ["text"], 3, 512, embedding)
+    output = subprocess.run([program, tmp_path / "x.gguf"], check=True, capture_output=True, text=True)
+    found = json.loads(output.stdout)
+    assert found.pop("chunks") == 3 and found.pop("legacy") is False
+    assert found.keys() == uses.keys()
+    for name, use in uses.items():
+        np.testing.assert_allclose(found[name]["sums"], use.sums.reshape(-1), rtol=1e-6)
+        assert found[name]["counts"] == use.counts.tolist()
 
 
 def test_files_for_a_size_choose_types_of_experts(
