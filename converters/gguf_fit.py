@@ -45,11 +45,19 @@ class Sensitivity:
     terms: tuple[tuple[Floats, Floats], ...]
     """(rows,) and (columns,) each. A tied embedding has two terms: as embedding and as head."""
 
-    def loss(self, errors: Floats, rows: NDArray[np.intp], total: int) -> float:
-        """Expected KL of errors in some rows, scaled to all: (sampled rows, columns)."""
+    def loss(self, errors: Floats, rows: NDArray[np.intp]) -> float:
+        """Expected KL of errors that are known of some rows, (sampled rows, columns), for all.
+
+        A ratio estimate: the rows' mean error, weighted as they matter, times how much all rows matter. Figures of rows
+        differ by orders of magnitude; errors hardly do.
+        """
         squares = np.square(errors, dtype=np.float64)
-        cost = sum(float(left[rows].astype(np.float64) @ (squares @ right)) for left, right in self.terms)
-        return 0.5 * cost * total / len(rows)
+        return 0.5 * sum(_mean(squares @ right, left[rows]) * float(left.sum()) for left, right in self.terms)
+
+
+def _mean(values: NDArray[np.float64], weights: Floats) -> float:
+    """Weighted; the plain mean when no weight counts, as of tokens that calibration never met."""
+    return float(np.average(values, weights=weights if weights.any() else None))
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ def choices_of(request: Request, loaded: Sequence[LoadedTensor], ggml: Ggml) -> 
         starts = sample[:: request.group]
         weights = np.concatenate([tensor.rows(int(row), int(row) + request.group).copy() for row in starts])
         for way, errors in _errors(weights, part.importance, ggml):
-            total[way] = total.get(way, 0.0) + part.sensitivity.loss(errors, sample, rows)
+            total[way] = total.get(way, 0.0) + part.sensitivity.loss(errors, sample)
     stored = rows * len(request.parts)
     found = [Choice(kind, stored * kind.row_bytes(columns), loss, way) for (kind, way), loss in total.items()]
     return list(_frontier(found)) or [Choice(TYPES["F16"], stored * columns * 2, 0.0)]

@@ -15,7 +15,7 @@ import tiny
 import torch
 from edgeft.converters.ggml import TYPES
 from edgeft.converters.gguf import converter
-from edgeft.converters.gguf_fit import Choice, allocate, least
+from edgeft.converters.gguf_fit import Choice, Sensitivity, allocate, least
 from edgeft.converters.importance import read_importance, read_sensitivities
 
 from edgeft import importance
@@ -115,6 +115,23 @@ def logits(model: Any, one: Encoded) -> torch.Tensor:
 def divergence(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tensor:
     left, right = torch.cat(before), torch.cat(after)
     return (left.exp() * (left - right)).sum(-1).mean()
+
+
+def test_some_rows_tell_what_all_lose() -> None:
+    """Also where few rows matter, and where none of those that were looked at does."""
+    generator = np.random.default_rng(0)
+    rows = np.exp(3 * generator.standard_normal(4096)).astype(np.float32)
+    columns = generator.random(64, np.float32)
+    errors = generator.standard_normal((4096, 64)).astype(np.float32)
+    every = 0.5 * float(rows @ np.square(errors) @ columns)
+    sample = np.sort(generator.permutation(4096)[:64])
+    one = Sensitivity(((rows, columns),))
+    assert one.loss(errors[sample], sample) == pytest.approx(every, rel=0.2)
+    assert one.loss(errors, np.arange(4096)) == pytest.approx(every, rel=1e-4)
+    rare = np.zeros(4096, np.float32)
+    rare[np.setdiff1d(np.arange(4096), sample)[:5]] = 1
+    unseen = Sensitivity(((rare, columns),))
+    assert unseen.loss(errors[sample], sample) == pytest.approx(0.5 * 5 * float(columns.sum()), rel=0.2)
 
 
 def test_bytes_go_where_they_save_most() -> None:
