@@ -220,3 +220,20 @@ def test_what_is_no_size(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A bare small number is a slip: bytes have no unit, but no model has 90."""
     assert main(["export", "smollm2-135m", "--fit", text, "--dry-run"]) == 2
     assert "90MB" in capsys.readouterr().err
+
+
+def test_what_a_matrix_is_worth_is_measured(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """On examples that were held back; without any, the matrix is written and the reason told."""
+    again = ["imatrix", *made.model, "--data", str(made.data), "--out", str(made.matrix), "--json"]
+    assert main(again) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["gain"] == [] and "not measured" in output.err
+    turns = [{"role": "user", "content": "lights off"}, {"role": "assistant", "content": "done, they are off"}]
+    (made.data / "test.jsonl").write_text(json.dumps({"messages": turns}) + "\n" * 2)
+    assert main(again) == 0
+    plain, weighted, chosen = json.loads(capsys.readouterr().out)["gain"]
+    assert plain["saved"] is None and 0 <= plain["kl"] < 1
+    assert weighted["bytes"] == plain["bytes"] and chosen["bytes"] <= plain["bytes"]
+    for one in (weighted, chosen):
+        low, high = one["saved"]
+        assert low - 1e-6 <= plain["kl"] - one["kl"] <= high + 1e-6
