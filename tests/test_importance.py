@@ -21,7 +21,8 @@ from edgeft.converters.importance import read_importance, read_sensitivities
 from edgeft import importance
 from edgeft.cli.main import main
 from edgeft.data.example import Encoded
-from edgeft.fit import parse_size
+from edgeft.errors import CheckFailed
+from edgeft.fit import parse_size, plan_for
 from edgeft.plugins import Source
 
 
@@ -205,6 +206,14 @@ def test_a_plan_for_a_size_reads_but_writes_nothing(made: Made, capsys: pytest.C
     plan = json.loads(capsys.readouterr().out)
     assert plan["bytes"] <= 2**20 and len(plan["bytes_by_type"]) > 1
     assert sorted(Path.cwd().iterdir()) == before
+
+
+def test_programs_ask_for_a_plan_by_bytes(made: Made) -> None:
+    base, _, adapter = made.model
+    sizes = [plan_for(base, size, adapter=Path(adapter), imatrix=made.matrix).plan.bytes for size in (500_000, 700_000)]
+    assert sizes[0] <= 500_000 < sizes[1] <= 700_000
+    with pytest.raises(CheckFailed, match="the smallest types make"):
+        plan_for(base, 100_000, adapter=Path(adapter), imatrix=made.matrix)
 
 
 @pytest.mark.parametrize(
