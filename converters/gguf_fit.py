@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 KINDS = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
 """With fast kernels on every CPU that llama.cpp knows, and none that needs an importance matrix."""
 
-SAMPLE_WEIGHTS = 1 << 15
-"""Weights per tensor whose error is measured; the error of their mean is one or two percent."""
+SAMPLE_WEIGHTS = 1 << 14
+"""Weights per tensor whose error is measured; the error of their mean is a few percent."""
 
 
 @dataclass(frozen=True)
