@@ -244,9 +244,11 @@ class _Collector:
         self._mask = mask
         embedded = self._embedding(tokens).detach().requires_grad_()
         output = self._model(inputs_embeds=embedded, attention_mask=mask.long(), use_cache=False)
-        scores = torch.log_softmax(output.logits[learned].float(), -1)
-        drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
-        scores.gather(1, drawn).sum().backward()
+        logits = output.logits[learned]
+        likely = torch.softmax(logits.detach().float(), -1)
+        drawn = torch.multinomial(likely, 1, generator=generator)
+        # The gradient of the drawn token's log-probability, written down: a large vocabulary is passed over less often.
+        logits.backward(likely.neg_().scatter_add_(1, drawn, torch.ones_like(likely[:, :1])).to(logits.dtype))
         self._rows.index_add_(0, tokens[mask], torch.ones(int(mask.sum()), dtype=torch.float64))
         self._columns += _squares(embedded.grad[mask])
         self._learned += int(learned.sum())
