@@ -18,8 +18,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import multiprocessing
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ from edgeft.verify.divergence import chunks, file_rows, scored_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 FOUR_BITS = ("q4_0", "iq4_nl", "iq4_xs", "q4_1", "q4_k_s", "q4_k_m")
-MIXTURES = ("q3_k_m", *FOUR_BITS, "q4", "q5_k_m")
+MIXTURES = ("q4_0", "q4_k_m", "iq4_nl", "q4", "q5_k_m", "q3_k_m", "iq4_xs", "q4_k_s")
 CALIBRATED, SEQUENCES = 40, 16
 """Per data set."""
 LENGTH, MEASURED = 96, 48
@@ -78,10 +80,10 @@ class Measured:
 
 def models(gemma: Path | None, run: Path | None) -> list[Model]:
     def shuffled(**changes: int) -> Callable[[Path], Origin]:
-        return lambda work: _folder(off_grid.write(_smollm2(), work / "base", **changes))
+        return lambda work: _found(off_grid.write(_smollm2(), work / "base", **changes))
 
     found = [
-        Model("smollm2", "SmolLM2-135M, imported from Q4_1", lambda work: _folder(_smollm2())),
+        Model("smollm2", "SmolLM2-135M, imported from Q4_1", lambda work: _found(_smollm2())),
         Model("smollm2-shuffled", "the same function, channels shuffled: off Q4_1's grid", shuffled()),
         Model(
             "smollm2-768", "the same function, 768 channels: rows are multiples of 256", shuffled(hidden=768, heads=12)
@@ -94,11 +96,11 @@ def models(gemma: Path | None, run: Path | None) -> list[Model]:
     if gemma is not None:
 
         def origin(work: Path) -> Origin:
-            return _folder(off_grid.write(gemma, work / "base"))
+            return _found(off_grid.write(gemma, work / "base"))
 
         about = "Gemma 3 270M, imported from Q4_K_M, channels shuffled: off its grid"
         found.append(Model("gemma3-shuffled", about, origin, conversations=False))
-        found.append(Model("gemma3", "Gemma 3 270M, imported from Q4_K_M", lambda work: _folder(gemma), False))
+        found.append(Model("gemma3", "Gemma 3 270M, imported from Q4_K_M", lambda work: _found(gemma), False))
     return found
 
 
@@ -106,10 +108,6 @@ def _smollm2() -> Path:
     from edgeft.models import resolve
 
     return resolve("smollm2-135m", want="hf").path
-
-
-def _folder(path: Path) -> Origin:
-    return _found(path)
 
 
 def _found(path: Path) -> Origin:
@@ -209,6 +207,9 @@ class Bench:
     def plain(self, mixture: str) -> Measured:
         return self.file(mixture, f"gguf-{mixture}")
 
+    def weighted(self, mixture: str) -> Measured:
+        return self.file(f"{mixture}-imatrix", f"gguf-{mixture}", imatrix=self.importance)
+
     def fit(self, size: int) -> Measured:
         gguf_size.measure = self._measure_types
         return self.file(f"fit-{size}", "gguf", bytes=size, imatrix=self.importance)
@@ -294,7 +295,7 @@ def interval(left: Measured, right: Measured, name: str) -> tuple[float, float]:
 
 def compare(bench: Bench, mixture: str) -> dict[str, Any]:
     plain = bench.plain(mixture)
-    files = {"plain": plain, "imatrix": bench.file(f"{mixture}-imatrix", f"gguf-{mixture}", imatrix=bench.importance)}
+    files = {"plain": plain, "imatrix": bench.weighted(mixture)}
     fit = bench.fit(plain.bytes)
     row: dict[str, Any] = {"mixture": mixture, "bytes": plain.bytes, "fit_bytes": fit.bytes}
     row |= {"imatrix_bytes": files["imatrix"].bytes, "bits_per_weight": plain.bits_per_weight}
@@ -353,27 +354,39 @@ def _range(pair: tuple[float, float]) -> str:
     return f"{pair[0]:+.4f} … {pair[1]:+.4f}"
 
 
+def make_files(name: str, wanted: Sequence[str], work: Path, gemma: Path | None, run: Path | None) -> None:
+    """All of a model's; the comparisons first and the rivals' second try later, for a run that is cut short."""
+    bench = Bench({model.name: model for model in models(gemma, run)}[name], work)
+    for mixture in wanted:
+        bench.fit(bench.plain(mixture).bytes)
+    best_of_four_bits(bench)
+    for mixture in wanted:
+        bench.weighted(mixture)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "fit")
     parser.add_argument("--model", action="append", help="only this model; may be repeated")
     parser.add_argument("--only", action="append", help="only make this mixture's files, and stop")
+    parser.add_argument("--jobs", type=int, default=2, help="models at once")
     parser.add_argument("--gemma", type=Path, help="folder of the imported Gemma 3 270M")
     parser.add_argument("--run", type=Path, help="run of edgeft demo")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     known = {model.name: model for model in models(arguments.gemma, arguments.run)}
-    benches = [Bench(known[name], arguments.work) for name in arguments.model or known]
-    for bench in benches:
-        # The comparison first, the rivals' second try later: a run may be cut short.
-        for mixture in arguments.only or MIXTURES:
-            bench.fit(bench.plain(mixture).bytes)
-    for bench in benches:
-        compared = [compare(bench, mixture) for mixture in arguments.only or MIXTURES]
-        if not arguments.only:
-            about = bench.model.about
-            results[bench.model.name] = {"about": about, "fit": compared, "gguf-q4": best_of_four_bits(bench)}
+    names, wanted = arguments.model or list(known), arguments.only or MIXTURES
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        under_way = [
+            pool.submit(make_files, name, wanted, arguments.work, arguments.gemma, arguments.run) for name in names
+        ]
+        for done in under_way:
+            done.result()
+    for name in () if arguments.only else names:
+        bench = Bench(known[name], arguments.work)
+        compared = [compare(bench, mixture) for mixture in wanted]
+        results[name] = {"about": bench.model.about, "fit": compared, "gguf-q4": best_of_four_bits(bench)}
     if arguments.json:
         print(json.dumps({"machine": platform.processor(), "models": results}))
     else:
