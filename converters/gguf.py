@@ -105,7 +105,7 @@ class GgufConverter:
         from .importance import Use, write_importance
 
         uses = {
-            name: Use(layer.inputs[None], np.array([layer.tokens], np.float32), layer.gradients / found.learned)
+            name: Use(layer.inputs, layer.tokens.astype(np.float32), layer.gradients / found.learned)
             for name, layer in found.layers.items()
         }
         shares = found.embedding_rows / found.embedding_rows.sum()

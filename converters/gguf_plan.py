@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeft.errors import ModelError, UnsupportedModel
-from edgeft.models.nf4 import BLOCK
 from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 
 from . import gguf_architectures as architectures
@@ -30,6 +29,7 @@ from .gguf_writer import KeyValue, data_size, head, uint32
 from .importance import importance_of, read_importance
 from .merge import MergedTensor, Stack, read_whole
 from .safetensors_rows import Reader, StoredTensor
+from .tying import is_nf4, separate_head
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,10 +57,9 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     config = architectures.settings(config, family)
     architectures.check_config(config, family)
     sizes = architectures.sizes_of(config)
-    base = safetensors_rows.index(source.base)
     adapter = read_adapter(source.adapter) if source.adapter else None
     warnings: list[str] = []
-    tensors = _tensors(base, adapter, config, family, sizes, warnings, source.nf4)
+    tensors = merged_tensors(source, adapter, config, family, sizes, warnings)
     if source.nf4:
         warnings.append("merged into the base as QLoRA trained on it, rounded to NF4 (docs/export.md)")
     known = _importance(options)
@@ -88,7 +87,11 @@ def named_tensors(source: Source) -> dict[str, tuple[MergedTensor, tuple[str, ..
     named: dict[str, tuple[MergedTensor, tuple[str, ...]]] = {}
     for place in parts.places:
         stored = parts.base[place.tensor]
-        whole = MergedTensor(stored, parts.changes.get(place.tensor), nf4=source.nf4 and _is_nf4(place, stored))
+        whole = MergedTensor(
+            stored,
+            parts.changes.get(place.tensor),
+            nf4=source.nf4 and place.weight.linear and is_nf4(place.tensor, stored),
+        )
         known = named[place.tensor][1] if place.tensor in named else ()
         named[place.tensor] = whole, (*known, place.gguf)
     return named
@@ -108,18 +111,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(
-    found: dict[str, StoredTensor],
+def merged_tensors(
+    source: Source,
     adapter: Adapter | None,
     config: Mapping[str, Any],
     family: Family,
     sizes: architectures.Sizes,
     warnings: list[str],
-    nf4: bool,
 ) -> dict[str, MergedTensor | Stack]:
-    """GGUF name -> its weights."""
-    parts = _parts(found, adapter, config, family, sizes, warnings)
-    merged = _merged(parts, sizes, nf4)
+    """GGUF name -> its weights. Raises: ModelError, UnsupportedModel."""
+    parts = _parts(safetensors_rows.index(source.base), adapter, config, family, sizes, warnings)
+    merged = _merged(parts, sizes, source.nf4)
     _check_rows(adapter, merged, parts.base)
     return merged
 
@@ -176,7 +178,7 @@ def _merged(parts: Parts, sizes: architectures.Sizes, nf4: bool) -> dict[str, Me
         found = pieces.setdefault(place.gguf, [])
         for piece in place.cut(stored):
             change = parts.changes.get(place.tensor) or parts.slices.get((place.gguf, len(found)))
-            rounded = nf4 and _is_nf4(place, stored)
+            rounded = nf4 and place.weight.linear and is_nf4(place.tensor, stored)
             found.append(MergedTensor(piece, change, order, nf4=rounded, plus=float(weight.plus_one)))
     stacked = {place.gguf for place in parts.places if place.stacked}
     return {gguf: Stack(tuple(found)) if gguf in stacked else found[0] for gguf, found in pieces.items()}
@@ -201,54 +203,15 @@ def _unties(
     warnings: list[str],
 ) -> bool:
     """Whether training gave embedding and head, which the base shares, different weights; `base` then has both."""
-    embedding, separate = changes.get(EMBEDDING), changes.get(HEAD)
-    if adapter is None or _still_tied(adapter, embedding, separate, base[EMBEDDING]):
-        changes.pop(HEAD, None)
+    if not separate_head(base, adapter, changes, warnings):
         return False
     if family.head == "never":
         raise UnsupportedModel(
-            f"the adapter {adapter.path} changes embedding and head separately, but llama.cpp has one tensor for both "
-            f"in the {family.name} family",
+            f"the adapter {adapter.path if adapter else ''} changes embedding and head separately, but llama.cpp has "
+            f"one tensor for both in the {family.name} family",
             "Train neither, or both as one (ensure_weight_tying).",
         )
-    # In training, what is added to the embedding alone leaves the head with the base's weights.
-    base[HEAD] = (embedding.base if embedding and embedding.base else None) or base[EMBEDDING]
-    warnings.append("the adapter changes embedding and head separately; the file stores both, the base shared them")
     return True
-
-
-def _is_nf4(place: architectures.Place, stored: StoredTensor) -> bool:
-    """As `edgeft.models.nf4.kept` has it: linear layers between embedding and head, of whole blocks per row."""
-    whole = len(stored.shape) == 2 and stored.columns % BLOCK == 0
-    return place.weight.linear and ".layers." in place.tensor and whole
-
-
-def _still_tied(adapter: Adapter, embedding: Change | None, separate: Change | None, base: StoredTensor) -> bool:
-    if embedding is None and separate is None:
-        return True
-    if separate is None and embedding is not None:
-        if embedding.down is not None:
-            return False
-        grown = embedding.replacement is not None and embedding.replacement.shape != base.shape
-        return embedding.replacement is None or grown or adapter.ties_weights
-    if embedding is None or separate is None or embedding.down or separate.down:
-        return False
-    return _same_bytes(embedding.replacement, separate.replacement) and embedding.tokens == separate.tokens
-
-
-def _same_bytes(one: StoredTensor | None, other: StoredTensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    step = 1 << 22
-    with one.file.open("rb") as left, other.file.open("rb") as right:
-        left.seek(one.offset)
-        right.seek(other.offset)
-        return all(
-            left.read(min(step, one.bytes - at)) == right.read(min(step, one.bytes - at))
-            for at in range(0, one.bytes, step)
-        )
 
 
 def _items(

@@ -42,7 +42,7 @@ class Use:
     counts: Floats
     """Tokens, (experts,)."""
     gradients: Floats | None = None
-    """Mean squared gradient of each output per predicted token, (rows,)."""
+    """Squared gradients of each output per predicted token, (experts, rows)."""
 
     def mean(self) -> Floats:
         """Mean square, (experts, columns); 1 for an expert that no token met, as llama-quantize has it."""
@@ -111,8 +111,18 @@ def write_importance(
             stream.write(bytes(padded(values.nbytes) - values.nbytes))
 
 
-def read_sensitivities(file: Path) -> dict[str, list[tuple[Floats, Floats]]]:
-    """GGUF name of a weight -> (rows,) and (columns,) whose product is the cost of a squared error, in nats per token.
+@dataclass(frozen=True)
+class Cost:
+    """What a squared error costs, in nats per token: the product of its row's and its column's figure."""
+
+    rows: Floats
+    """(experts, rows)."""
+    columns: Floats
+    """(experts, columns)."""
+
+
+def read_sensitivities(file: Path) -> dict[str, Cost]:
+    """GGUF name of a weight -> what errors in it cost.
 
     The embedding's are those of reading it; as a head it has others, under the head's name.
 
@@ -122,12 +132,12 @@ def read_sensitivities(file: Path) -> dict[str, list[tuple[Floats, Floats]]]:
     tensors, found = _tensors(file), {}
     for name, columns in read_importance(file).items():
         if name + _GRADIENTS in tensors:
-            found[name] = [(tensors[name + _GRADIENTS], columns[0])]
+            found[name] = Cost(tensors[name + _GRADIENTS].reshape(len(columns), -1), columns)
     if not found or EMBEDDING + _ROWS not in tensors:
         raise ModelError(
             f"{file} says how weights are used, not what errors in them cost", "Make it with edgeft imatrix."
         )
-    found[EMBEDDING] = [(tensors[EMBEDDING + _ROWS], tensors[EMBEDDING + _GRADIENTS])]
+    found[EMBEDDING] = Cost(tensors[EMBEDDING + _ROWS][None], tensors[EMBEDDING + _GRADIENTS][None])
     return found
 
 

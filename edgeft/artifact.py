@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError
-from edgeft.paths import write_json
+from edgeft.paths import sha256_file, write_json
 
 SCHEMA = 1
 
@@ -53,6 +54,25 @@ class Artifact:
     path: Path
     manifest: Manifest | None = None
     """None for a file that edgeft did not make."""
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory artifact."""
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def digest_of(path: Path) -> str:
+    """Hex SHA-256 of a file; of a directory, over name and SHA-256 of every file in name order."""
+    if path.is_file():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in _files(path):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def manifest_path(path: Path) -> Path:

@@ -18,7 +18,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("gguf", "safetensors", "tokenizers"),
     "train": ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "matplotlib", "psutil"),
     "tui": ("textual",),
-    "onnx": ("onnxruntime",),
+    "onnx": ("onnxruntime", "onnxruntime_genai", "numpy", "jinja2", "tokenizers"),
+    "onnx-export": ("onnx", "onnx_ir", "torch", "transformers"),
 }
 """Extra -> the modules it brings, as in pyproject.toml (a test compares the two)."""
 

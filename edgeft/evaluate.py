@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeft.artifact import read_manifest, size_of
 from edgeft.chat import Cancel, Sampling, Usage
 from edgeft.data.encode import encode_all
 from edgeft.data.example import Example
 from edgeft.errors import DataError
-from edgeft.models.gguf_header import read_header
-from edgeft.models.gguf_stops import stop_token_ids
 from edgeft.plugins import Session
 from edgeft.progress import Progress, Silent
 from edgeft.verify.divergence import file_nll
-from edgeft.verify.text_checks import file_template, session_tokenize
+from edgeft.verify.facts import read_facts
+from edgeft.verify.text_checks import session_tokenize
 
 METRICS = ("exact-match", "nll", "speed")
 
@@ -144,7 +144,7 @@ def evaluate_file(
         "nll": reference_nll(session, artifact, examples) if "nll" in metrics else None,
         **(speed([p.usage for p in predictions]) if "speed" in metrics else {}),
         "examples": len(examples),
-        "bytes": artifact.stat().st_size,
+        "bytes": size_of(artifact),
     }
     return {**figures, "seconds": round(time.monotonic() - started, 2)}, predictions
 
@@ -155,16 +155,13 @@ def _share(verdicts: Sequence[bool | None]) -> float | None:
 
 
 def reference_nll(session: Session, artifact: Path, examples: Sequence[Example]) -> float | None:
-    """Mean NLL of the reference answers by the file, in nats per token; None for a file without a header."""
-    if artifact.suffix != ".gguf":
+    """Mean NLL of the reference answers by the file, in nats per token; None where no template can be read."""
+    if artifact.suffix != ".gguf" and not (artifact.is_dir() and read_manifest(artifact)):
         return None
-    header = read_header(artifact)
-    template = file_template(header)
-    if template is None:
+    facts = read_facts(artifact)
+    if facts.template is None:
         return None
-    tokens = header.metadata["tokenizer.ggml.tokens"]
-    ends = [tokens[token] for token in stop_token_ids(header)]
-    encoded = encode_all(examples, template, session_tokenize(session), ends, session.context)
+    encoded = encode_all(examples, facts.template, session_tokenize(session), facts.ends, session.context)
     value, _ = file_nll(session, encoded.encoded)
     return value
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeft import config, plugins
-from edgeft.artifact import Artifact, write_manifest
+from edgeft.artifact import Artifact, manifest_path, write_manifest
 from edgeft.data.example import Encoded
 from edgeft.errors import ModelError, UsageError
 from edgeft.models import ResolvedModel, resolve, weights_digest
 from edgeft.models.gguf_import import text_side
 from edgeft.paths import sha256_file
-from edgeft.plugins import Converter, ConvertOptions, Plan, Source
+from edgeft.plugins import Converter, ConvertOptions, Plan, Source, Target
 from edgeft.progress import Progress, Silent
 from edgeft.run import Run, RunManifest
 
@@ -65,7 +65,7 @@ def prepare(
         model: a run, an adapter directory, or any model reference (a GGUF is first imported).
         extra: what only some converters know; see their `ConvertOptions.extra`.
         target: None: `default_target`.
-        out: the file to write; by default `<name>-<target's short name>` in the current folder.
+        out: the file or folder to write; by default `<name>-<target's short name>` in the current folder.
 
     Raises:
         UsageError: no such model or target, or an adapter for something that has its own.
@@ -79,8 +79,7 @@ def prepare(
     if origin.source.gguf is not None and not target.startswith(ADAPTER_TARGET):
         origin = merged(origin, progress or Silent())
     out = out or Path(default_name(origin.name, target))
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder", "Give the file to write with --out.")
+    _check_out(out, converter.targets[target])
     options = ConvertOptions(out, rounding, threads, extra or {})
     return Export(origin, converter.plan(origin.source, target, options), converter)
 
@@ -111,6 +110,14 @@ def _check_unchanged(origin: Origin) -> None:
             "was trained on it",
             "The adapter belongs to the old weights: restore them or train again.",
         )
+
+
+def _check_out(out: Path, target: Target) -> None:
+    """Raises: UsageError when something else is in the artifact's place; an older artifact may be replaced."""
+    if not target.directory and out.is_dir():
+        raise UsageError(f"{out} is a folder", "Give the file to write with --out.")
+    if target.directory and out.exists() and not (out.is_dir() and manifest_path(out).is_file()):
+        raise UsageError(f"{out} exists and is not a model edgeft exported", "Give another folder with --out.")
 
 
 def export(prepared: Export, progress: Progress) -> Artifact:
@@ -194,9 +201,9 @@ def converter_for(target: str) -> Converter:
 
 
 def default_name(name: str, target: str) -> str:
-    """ "demo", "gguf-q4" -> "demo-q4.gguf"."""
+    """ "demo", "gguf-q4" -> "demo-q4.gguf"; "demo", "onnx-q4" -> "demo-q4-onnx", a folder."""
     kind, _, short = target.partition("-")
-    return f"{name}-{short or 'fit'}.{kind}"
+    return f"{name}-{short or 'fit'}{'-' if converter_for(target).targets[target].directory else '.'}{kind}"
 
 
 def find(model: str, adapter: Path | None, progress: Progress) -> Origin:

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 Family = Literal["converters", "runtimes", "devices"]
 
 BUILT_IN: Mapping[Family, Mapping[str, str]] = {
-    "converters": {"gguf": "edgeft.converters.gguf:converter"},
+    "converters": {"gguf": "edgeft.converters.gguf:converter", "onnx": "edgeft.converters.onnx:converter"},
     "runtimes": {
         "llama-cpp-python": "edgeft.runtimes.llama_cpp_python:runtime",
         "xllamacpp": "edgeft.runtimes.xllamacpp:runtime",
+        "onnxruntime-genai": "edgeft.runtimes.onnxruntime_genai:runtime",
+        "onnxruntime": "edgeft.runtimes.onnxruntime:runtime",
         "echo": "edgeft.runtimes.echo:runtime",
     },
     "devices": {},
@@ -60,6 +62,8 @@ class Target:
     bits_per_weight: float
     """Nominal; a plan has the real figure for a given model."""
     runtimes: tuple[str, ...]
+    directory: bool = False
+    """Whether the artifact is a folder, not a file."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None
     if runtime == "echo":
         return Artifact(path)
     found = resolve(reference, progress=progress)
-    if found.kind != "gguf":
+    if found.kind not in ("gguf", "onnx"):
         raise UsageError(
             f"{reference} is not a file a runtime can run",
             f"Make one first: edgeft export {reference} --to gguf-q4",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edgeft.artifact import read_manifest, size_of
 from edgeft.errors import ModelError
 from edgeft.models.gguf_header import read_header
 from edgeft.models.references import ResolvedModel, resolve
@@ -51,6 +52,17 @@ def _directory(found: ResolvedModel) -> dict[str, Any]:
     }
 
 
+def _onnx(found: ResolvedModel) -> dict[str, Any]:
+    manifest = read_manifest(found.path)
+    return {
+        **_directory(found),
+        "bytes": size_of(found.path),
+        "parameters": manifest.parameters if manifest else None,
+        "types": manifest.types if manifest else None,
+        "bits_per_weight": round(manifest.bits_per_weight, 3) if manifest else None,
+    }
+
+
 def _adapter(found: ResolvedModel) -> dict[str, Any]:
     config = _json(found.path / "adapter_config.json")
     return {"base": config.get("base_model_name_or_path"), "rank": config.get("r"), "alpha": config.get("lora_alpha")}
@@ -70,7 +82,7 @@ def _run(found: ResolvedModel) -> dict[str, Any]:
     }
 
 
-_DESCRIBERS = {"gguf": _gguf, "hf": _directory, "adapter": _adapter, "run": _run}
+_DESCRIBERS = {"gguf": _gguf, "onnx": _onnx, "hf": _directory, "adapter": _adapter, "run": _run}
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from edgeft.models.store import read_sidecar
 from edgeft.progress import Progress
 from edgeft.run import Run, is_run
 
-Kind = Literal["hf", "gguf", "run", "adapter"]
+Kind = Literal["hf", "gguf", "onnx", "run", "adapter"]
 Want = Literal["any", "hf", "gguf"]
 
 
@@ -25,7 +25,7 @@ class ResolvedModel:
 
     kind: Kind
     path: Path
-    """Absolute: the Hugging Face directory, the GGUF file, the run folder or the PEFT adapter directory."""
+    """Absolute: the Hugging Face or ONNX directory, the GGUF file, the run folder or the PEFT adapter directory."""
     reference: str
     """As the user named it."""
     licence: str | None = None
@@ -61,6 +61,7 @@ def resolve(
 _KIND_NAMES = {
     "hf": "a Hugging Face directory",
     "gguf": "a GGUF file",
+    "onnx": "an ONNX directory",
     "run": "a run",
     "adapter": "an adapter",
 }
@@ -98,6 +99,8 @@ def _local(path: Path, reference: str) -> ResolvedModel:
         return ResolvedModel("run", path, reference)
     if (path / "adapter_config.json").is_file():
         return ResolvedModel("adapter", path, reference)
+    if (path / "genai_config.json").is_file():  # has a config.json too
+        return ResolvedModel("onnx", path, reference, _licence(path.parent, path.name))
     if (path / "config.json").is_file():
         return ResolvedModel("hf", path, reference, _licence(path))
     raise ModelError(

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from edgeft.data.encode import encode_all
 from edgeft.data.example import Encoded, Example
-from edgeft.models.gguf_header import GgufHeader, read_header
 from edgeft.plugins import Session, Source
 from edgeft.progress import Progress, Silent
 from edgeft.verify.corpus import texts
 from edgeft.verify.divergence import Divergence, chunks, compare, file_rows, scored_rows
+from edgeft.verify.facts import FileFacts, read_facts
 from edgeft.verify.report import UNMERGED, Finding, Report, Tolerance, check_names, tolerance_for
 from edgeft.verify.text_checks import check_texts, trained_text
 from edgeft.verify.torch_reference import TorchReference, load_reference
@@ -42,7 +42,7 @@ def verify_file(
     nll_training_graph: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Compare a GGUF in its runtime with base and adapter merged in torch.
+    """Compare an exported model in its runtime with base and adapter merged in torch.
 
     Args:
         artifact: the file that `session` has loaded; the base, when the adapter lies beside it.
@@ -55,9 +55,9 @@ def verify_file(
         ModelError, DataError, CheckFailed: a part cannot be read, or the file cannot be compared at all.
     """
     started = time.monotonic()
-    header = read_header(artifact)
+    facts = read_facts(artifact)
     check_names(tolerance or {})
-    findings = check_texts(source, header, session, texts())
+    findings = check_texts(source, facts, session, texts())
     encoded = encode_for(source, examples, session.context)
     reference = load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf)
     total = compare_all(reference, session, encoded, progress)
@@ -70,9 +70,9 @@ def verify_file(
         "top1_agreement": total.top1,
         "tokens": total.tokens,
         "examples": total.examples,
-        "bits_per_weight": header.bits_per_weight,
+        "bits_per_weight": facts.bits_per_weight,
     }
-    limits = limits_for(source, header, total).with_changes(tolerance or {})
+    limits = limits_for(source, facts, total).with_changes(tolerance or {})
     findings += check_limits(total, limits)
     if reference.has_adapter:
         finding, more = check_adapter(reference, session, encoded)
@@ -81,9 +81,9 @@ def verify_file(
     return Report(tuple(findings), {**figures, "seconds": round(time.monotonic() - started, 2)})
 
 
-def limits_for(source: Source, header: GgufHeader, total: Divergence) -> Tolerance:
+def limits_for(source: Source, facts: FileFacts, total: Divergence) -> Tolerance:
     """By the file's bits per weight; where nothing was rounded after training, those of `UNMERGED`."""
-    return UNMERGED if source.gguf else tolerance_for(header.bits_per_weight, total.nll_reference)
+    return UNMERGED if source.gguf else tolerance_for(facts.precision, total.nll_reference)
 
 
 def encode_for(source: Source, examples: Sequence[Example], context: int) -> list[Encoded]:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from edgeft.data.encode import encode_all
 from edgeft.data.example import Encoded, Example
-from edgeft.models.gguf_header import GgufHeader, read_header
 from edgeft.plugins import Session, Source
 from edgeft.progress import Progress
 from edgeft.verify import torch_reference
 from edgeft.verify.check import check_adapter, check_limits, compare_all, limits_for
 from edgeft.verify.corpus import texts
 from edgeft.verify.divergence import chunks, file_rows, scored_rows
+from edgeft.verify.facts import FileFacts, read_facts
 from edgeft.verify.report import Finding
 from edgeft.verify.text_checks import check_texts, trained_text
 
@@ -47,15 +47,15 @@ def quick_check(
     Raises:
         ModelError, DataError: a part cannot be read, or the file cannot be compared at all.
     """
-    header = read_header(artifact)
-    findings = check_texts(source, header, session, texts())
+    facts = read_facts(artifact)
+    findings = check_texts(source, facts, session, texts())
     sample = _sample(source, examples, session.context)
     findings.append(check_finite(session, sample[0]))
     if not findings[-1].ok:
         return findings
     if not torch_reference.available():
         return [*findings, Finding("kl", True, "not compared: torch is not installed", skipped=True)]
-    return findings + _check_weights(source, header, session, sample, progress)
+    return findings + _check_weights(source, facts, session, sample, progress)
 
 
 def _sample(source: Source, examples: Sequence[Example], context: int) -> list[Encoded]:
@@ -79,11 +79,11 @@ def check_finite(session: Session, example: Encoded) -> Finding:
 
 
 def _check_weights(
-    source: Source, header: GgufHeader, session: Session, sample: Sequence[Encoded], progress: Progress | None
+    source: Source, facts: FileFacts, session: Session, sample: Sequence[Encoded], progress: Progress | None
 ) -> list[Finding]:
     reference = torch_reference.load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf)
     total = compare_all(reference, session, sample, progress)
-    findings = check_limits(total, limits_for(source, header, total))
+    findings = check_limits(total, limits_for(source, facts, total))
     if reference.has_adapter:
         findings.append(check_adapter(reference, session, sample)[0])
     return findings

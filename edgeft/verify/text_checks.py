@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from edgeft.chat import ChatTemplate
 from edgeft.errors import EdgeftError
-from edgeft.models.gguf_header import GgufHeader
 from edgeft.models.text import TextSide, load_text_side
 from edgeft.plugins import Session, Source
+from edgeft.verify.facts import FileFacts
 from edgeft.verify.report import Finding
 from edgeft.verify.templates import CASES, check_template
 from edgeft.verify.tokenizers import Tokenize, check_tokenizer
@@ -37,29 +36,14 @@ def _base_template(base: Path, folder: Path) -> str | None:
     return own_template(folder) or own_template(base)
 
 
-def file_template(header: GgufHeader) -> ChatTemplate | None:
-    """The chat template inside a GGUF, with the texts of its BOS and EOS."""
-    if header.chat_template is None:
-        return None
-    tokens = header.metadata.get("tokenizer.ggml.tokens", [])
-
-    def text(kind: str) -> str:
-        token = header.metadata.get(f"tokenizer.ggml.{kind}_token_id")
-        return str(tokens[token]) if isinstance(token, int) and token < len(tokens) else ""
-
-    return ChatTemplate(header.chat_template, text("bos"), text("eos"))
-
-
-def check_texts(
-    source: Source, header: GgufHeader, session: Session, texts: Iterable[tuple[str, str]]
-) -> list[Finding]:
+def check_texts(source: Source, facts: FileFacts, session: Session, texts: Iterable[tuple[str, str]]) -> list[Finding]:
     """Tokenizer, template, and both together as the runtime renders a prompt."""
     trained = trained_text(source)
     findings = [
         check_tokenizer(trained.tokenize, session_tokenize(session), texts),
-        check_template(trained.template, file_template(header)),
+        check_template(trained.template, facts.template),
     ]
-    if trained.template is not None and header.chat_template is not None:
+    if trained.template is not None and facts.template is not None:
         findings.append(_check_prompts(trained, session))
     return findings
 
