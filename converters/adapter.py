@@ -6,7 +6,6 @@ Key names and formulas follow PEFT (`tuners/lora/layer.py`, `variants.py`, `util
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError, UnsupportedModel
+from edgeft.models.pickles import refuse_pickles
+from edgeft.paths import parse_json
 
 from .safetensors_rows import StoredTensor, check_dtype, read_header
 
@@ -90,7 +91,7 @@ def read_adapter(path: Path) -> Adapter:
 def _config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is not an adapter: it has no {CONFIG}") from None
     except (OSError, ValueError) as error:
@@ -103,11 +104,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _weights(path: Path) -> Path:
     if (path / WEIGHTS).is_file():
         return path / WEIGHTS
-    if (path / "adapter_model.bin").is_file():
-        raise UnsupportedModel(
-            f"{path / 'adapter_model.bin'} is a pickle, which can run code when it is opened",
-            "Load it with PEFT once and save it again: newer versions write safetensors.",
-        )
+    refuse_pickles(path)
     raise ModelError(f"{path} has no {WEIGHTS}")
 
 

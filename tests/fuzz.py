@@ -10,8 +10,10 @@ is a second, intact file, for readers of two.
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -238,7 +240,9 @@ def _text_side(file: Path, other: Path) -> None:
 def _import(file: Path, other: Path) -> None:
     from edgeft.models.gguf_import import import_gguf
 
-    import_gguf(file, file.with_suffix(".imported"))
+    out = file.with_suffix(".imported")
+    shutil.rmtree(out, ignore_errors=True)
+    import_gguf(file, out)
 
 
 def _weights(file: Path, other: Path) -> None:
@@ -311,6 +315,7 @@ def run(reader: str, count: int, seed: int, file: Path, other: Path) -> dict[str
     data = file.read_bytes()
     result: dict[str, Any] = {"accepted": 0, "refused": 0, "failures": [], "slowest": 0.0}
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["EDGEFT_HOME"] = str(Path(folder) / "home")
         place = Path(folder) / file.name
         place.write_bytes(data)
         read(place, other)  # imports what it needs, and proves that the intact file is accepted

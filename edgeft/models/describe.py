@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from edgeft.artifact import read_manifest, size_of
 from edgeft.errors import ModelError
 from edgeft.models.gguf_header import read_header
 from edgeft.models.references import ResolvedModel, resolve
+from edgeft.paths import parse_json
 
 
 def describe(reference: str) -> dict[str, Any]:
@@ -87,7 +87,7 @@ _DESCRIBERS = {"gguf": _gguf, "onnx": _onnx, "hf": _directory, "adapter": _adapt
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     return content

@@ -7,6 +7,7 @@ from typing import Any
 
 from edgeft.errors import ModelError, UnsupportedModel, require
 from edgeft.models import nf4
+from edgeft.models.pickles import refuse_pickles
 from edgeft.train.config import TrainConfig
 from edgeft.train.hardware import Hardware
 
@@ -30,7 +31,10 @@ def load_base(path: Path, config: TrainConfig, hardware: Hardware, gguf: Path | 
         from edgeft.models.gguf_torch import load_packed
 
         return load_packed(gguf, path, compute, attention=attention.NAME).to(hardware.device)
+    refuse_pickles(path)
     options: dict[str, Any] = {"dtype": torch.float32 if config.method == "full" else compute}
+    # Neither pickles nor a model's own Python code.
+    options |= {"use_safetensors": True, "trust_remote_code": False}
     if hardware.device == "cuda":
         options["device_map"] = {"": 0}
     try:
@@ -39,7 +43,7 @@ def load_base(path: Path, config: TrainConfig, hardware: Hardware, gguf: Path | 
         return transformers.AutoModelForCausalLM.from_pretrained(
             path, attn_implementation=attention.NAME, local_files_only=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers and safetensors raise anything on files made wrong
         raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from error
 
 

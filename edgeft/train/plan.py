@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from edgeft.data.example import Encoded
 from edgeft.errors import ModelError, UsageError
+from edgeft.paths import parse_json
 from edgeft.train.batch import learned_count, shared_prefix
 from edgeft.train.config import TrainConfig
 from edgeft.train.cross_entropy import CHUNK_BYTES
@@ -76,7 +76,7 @@ def read_shape(model: Path) -> Shape:
     """Raises: ModelError when config.json is missing or does not describe a decoder."""
     file = model / "config.json"
     try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
         raw = raw.get("text_config", raw)
         hidden, layers, mlp = raw["hidden_size"], raw["num_hidden_layers"], raw["intermediate_size"]
         heads = raw["num_attention_heads"]

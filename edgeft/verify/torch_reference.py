@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeft.errors import MissingDependency, ModelError, require
 from edgeft.models import nf4
+from edgeft.models.pickles import refuse_pickles
 from edgeft.models.quiet import quiet_libraries
 from edgeft.openmp import TRAINING, short_spins
 
@@ -116,11 +117,17 @@ def _load_gguf(file: Path, folder: Path) -> Any:
 def _load_base(base: Path) -> Any:
     torch = require("torch", "train")
     transformers = require("transformers", "train")
+    refuse_pickles(base)
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+            base,
+            dtype=torch.float32,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers and safetensors raise anything on files made wrong
         raise ModelError(f"{base} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -136,11 +143,12 @@ def _round_to_nf4(model: Any) -> None:
 
 def _with_adapter(model: Any, base: Path, adapter: Path) -> Any:
     peft = require("peft", "train")
+    refuse_pickles(adapter)
     try:
         if (rows := _embedding_rows(adapter)) is not None and rows != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows)
         model = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # PEFT, too
         raise ModelError(
             f"the adapter {adapter} does not go onto {base}: {_first_line(error)}",
             "Give the base model that the adapter was trained on.",
