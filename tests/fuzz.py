@@ -48,11 +48,16 @@ class _Walk:
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at, self.fields = data, 4, []  # type: bytes, int, list[Field]
+        self.pairs: dict[str, tuple[int, int]] = {}
+        """Where each key begins, and where its value ends."""
         self.number("version", 4)
         tensors, keys = self.number("tensors", 8), self.number("keys", 8)
         for _ in range(keys):
+            start = self.at
             self.text("key length")
+            name = data[start + 8 : self.at].decode()
             self.value(self.number("value type", 4))
+            self.pairs[name] = start, self.at
         for _ in range(tensors):
             self.text("name length")
             for _ in range(self.number("dimensions", 4)):
@@ -86,6 +91,17 @@ def gguf_fields(data: bytes) -> list[Field]:
     kept = [field for field in fields if field.what not in ("value", "text length")]
     items = [field for field in fields if field.what in ("value", "text length")]
     return kept + items[:: max(1, len(items) // 64)]
+
+
+def with_key(data: bytes, name: str, value: bytes) -> bytes:
+    """A whole GGUF with another value (its type first), at the end of the keys when it had none of that name."""
+    walk = _Walk(data)
+    last = max(end for _, end in walk.pairs.values())
+    start, end = walk.pairs.get(name, (last, last))
+    pair = len(name).to_bytes(8, "little") + name.encode() + value
+    keys = (len(walk.pairs) + (start == end)).to_bytes(8, "little")
+    head = data[:16] + keys + data[24:start] + pair + data[end : walk.at]
+    return head + bytes(-len(head) % 32) + data[walk.at + -walk.at % 32 :]
 
 
 _EXTREMES = (0, 1, 2, 7, 31, 63, 64, 65, 127, 128, 255, 256, 1000, 1 << 15, 1 << 16, (1 << 31) - 1, 1 << 31)
