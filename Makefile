@@ -58,6 +58,7 @@ bench-runtime: dev ## decoding against the bare binding (builds llama-cpp-python
 parity: dev ## every tensor against llama.cpp's own converter and quantizer
 	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
 	$(BIN)/python benchmarks/parity.py
+	$(BIN)/python benchmarks/parity.py --types
 
 kill: dev ## twenty kills of training and of export
 	$(BIN)/python benchmarks/kill_train.py
