@@ -33,11 +33,13 @@ class OnnxConverter:
         return Support(True)
 
     def plan(self, source: Source, target: str, options: ConvertOptions) -> Plan:
+        from .gguf_plan import reading
         from .onnx_plan import make_plan
 
         if target not in _TARGETS:
             raise UsageError(f"no ONNX target {target!r}", f"There are: {', '.join(_TARGETS)}.")
-        return make_plan(source, target, options)
+        with reading(source):
+            return make_plan(source, target, options)
 
     def convert(self, plan: Plan, progress: Progress) -> Artifact:
         from .ggml import load

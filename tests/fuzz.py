@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeft.errors import EdgeftError
+
 MEMORY = 256 << 20
 """Bytes of address space a reader may add to what its process has."""
 SECONDS = 5.0
@@ -198,6 +200,23 @@ def damage_safetensors(data: bytes, fields: list[Field], chance: random.Random) 
     return len(raw).to_bytes(8, "little") + raw + rest, done
 
 
+def damage_json(data: bytes, fields: list[Field], chance: random.Random) -> tuple[bytes, str]:
+    """A value somewhere in a JSON file replaced, removed or put elsewhere."""
+    root = json.loads(data)
+    owner, key, path = root, chance.choice(list(root)), []
+    while True:
+        path.append(str(key)[:20])
+        inside = owner[key]
+        if not isinstance(inside, (dict, list)) or not inside or chance.random() < 0.3:
+            break
+        owner, key = inside, chance.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))
+    if chance.random() < 0.2:
+        del owner[key]
+        return json.dumps(root).encode(), f"{'.'.join(path)} removed"
+    owner[key] = chance.choice((*_VALUES, "x" * 1000, "(", {"a": 1}, [{"id": 1}], 7, -7))
+    return json.dumps(root).encode(), f"{'.'.join(path)}: {owner[key]!r:.40}"
+
+
 # --- Readers ------------------------------------------------------------------------
 
 
@@ -287,23 +306,50 @@ def _peft(file: Path, other: Path) -> None:
         converter.convert(converter.plan(source, target, ConvertOptions(out)), Silent())
 
 
+def _settings(file: Path, other: Path) -> None:
+    """The damaged file in the place of the one of its name in the model in `other`."""
+    from edgeft import plugins
+    from edgeft.models.describe import describe
+    from edgeft.models.text import load_text_side
+    from edgeft.plugins import ConvertOptions, Source
+    from edgeft.train.plan import read_shape
+
+    _place(file, other / file.name)
+    adapter = other if file.name == "adapter_config.json" else None
+    source = Source(other.with_name("base") if adapter else other, adapter)
+    done = [lambda: plugins.load("converters", "gguf").plan(source, "gguf-q8_0", ConvertOptions(file))]
+    done += [lambda: describe(str(other))]
+    done += [] if adapter else [lambda: load_text_side(other), lambda: read_shape(other)]
+    refused = None
+    for read in done:
+        try:
+            read()
+        except EdgeftError as error:
+            refused = error
+    if refused:
+        raise refused
+
+
 def _place(file: Path, at: Path) -> None:
     at.unlink()
     at.hardlink_to(file)
 
 
-READERS: Mapping[str, tuple[Callable[[Path, Path], None], bool]] = {
-    # name -> (reader, whether it reads GGUF)
-    "header": (_header, True),
-    "describe": (_describe, True),
-    "imatrix": (_imatrix, True),
-    "adapter": (_adapter, True),
-    "adapters-base": (_adapters_base, True),
-    "packed": (_packed, True),
-    "text-side": (_text_side, True),
-    "import": (_import, True),
-    "weights": (_weights, False),
-    "peft": (_peft, False),
+Damage = Callable[[bytes, list[Field], random.Random], tuple[bytes, str]]
+
+READERS: Mapping[str, tuple[Callable[[Path, Path], None], Damage]] = {
+    # name -> (reader, how its files are damaged)
+    "header": (_header, damage_gguf),
+    "describe": (_describe, damage_gguf),
+    "imatrix": (_imatrix, damage_gguf),
+    "adapter": (_adapter, damage_gguf),
+    "adapters-base": (_adapters_base, damage_gguf),
+    "packed": (_packed, damage_gguf),
+    "text-side": (_text_side, damage_gguf),
+    "import": (_import, damage_gguf),
+    "weights": (_weights, damage_safetensors),
+    "peft": (_peft, damage_safetensors),
+    "settings": (_settings, damage_json),
 }
 
 # --- Running --------------------------------------------------------------------------
@@ -317,17 +363,14 @@ def _late(*_: object) -> None:
     raise TooSlow
 
 
-def attempts(data: bytes, gguf: bool, count: int, seed: int) -> Iterator[tuple[int, bytes, str]]:
-    fields = gguf_fields(data) if gguf else []
+def attempts(data: bytes, damage: Damage, count: int, seed: int) -> Iterator[tuple[int, bytes, str]]:
+    fields = gguf_fields(data) if damage is damage_gguf else []
     for number in range(count):
-        chance = random.Random(f"{seed}-{number}")
-        yield number, *(damage_gguf if gguf else damage_safetensors)(data, fields, chance)
+        yield number, *damage(data, fields, random.Random(f"{seed}-{number}"))
 
 
 def run(reader: str, count: int, seed: int, file: Path, other: Path) -> dict[str, Any]:
-    from edgeft.errors import EdgeftError
-
-    read, gguf = READERS[reader]
+    read, damage = READERS[reader]
     data = file.read_bytes()
     result: dict[str, Any] = {"accepted": 0, "refused": 0, "failures": [], "slowest": 0.0}
     with tempfile.TemporaryDirectory() as folder:
@@ -336,9 +379,9 @@ def run(reader: str, count: int, seed: int, file: Path, other: Path) -> dict[str
         place.write_bytes(data)
         read(place, other)  # imports what it needs, and proves that the intact file is accepted
         limited = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limited, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (limited, resource.getrlimit(resource.RLIMIT_AS)[1]))
         signal.signal(signal.SIGALRM, _late)
-        for number, damaged, done in attempts(data, gguf, count, seed):
+        for number, damaged, done in attempts(data, damage, count, seed):
             place.unlink(missing_ok=True)
             place.write_bytes(damaged)
             started = time.monotonic()

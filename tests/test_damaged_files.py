@@ -104,6 +104,15 @@ def test_no_damaged_adapter_gets_through(files: dict[str, Path], tmp_path: Path)
     damage("peft", 1000, files["peft"] / "adapter_model.safetensors", tmp_path / "peft" / "adapter")
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json"]
+)
+def test_no_damaged_settings_get_through(name: str, files: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(files["peft"].parent, tmp_path / "peft")
+    folder = "adapter" if name.startswith("adapter") else "base"
+    damage("settings", 400, files["peft"].parent / folder / name, tmp_path / "peft" / folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize("reader", ["header", "imatrix", "adapter", "packed"])
@@ -254,7 +263,7 @@ def test_no_damaged_file_ends_llama_cpp(kind: str, runtime: str, files: dict[str
         pytest.skip(f"{runtime} is not installed")
     data = files["model" if kind == "model" else "adapter"].read_bytes()
     done = {}
-    for at, damaged, what in fuzz.attempts(data, True, 600, seed=0):
+    for at, damaged, what in fuzz.attempts(data, fuzz.damage_gguf, 600, seed=0):
         (tmp_path / f"{at:04}.gguf").write_bytes(damaged)
         done[f"{at:04}.gguf"] = what
     command = [sys.executable, "-c", LOAD, runtime, kind, str(files["random"]), str(tmp_path)]

@@ -69,7 +69,7 @@ def own_template(folder: Path) -> str | None:
     """The chat template of a directory: chat_template.jinja, or the older place in tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_template(file)
     template = read_object(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
@@ -77,12 +77,20 @@ def own_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def read_template(file: Path) -> str:
+    """Raises: ModelError when it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file} cannot be read: {error}", "Save it as UTF-8.") from error
+
+
 def _generation_ends(folder: Path, tokenizer: Any) -> Iterator[str]:
     """Ends that only generation_config.json or config.json name (Llama 3: <|eom_id|>, <|eot_id|>)."""
     for name in ("generation_config.json", "config.json"):
         ids = read_object(folder / name).get("eos_token_id")
         for token in ids if isinstance(ids, list) else [ids]:
-            if isinstance(token, int) and (text := tokenizer.id_to_token(token)) is not None:
+            if isinstance(token, int) and 0 <= token < 1 << 32 and (text := tokenizer.id_to_token(token)) is not None:
                 yield text
 
 
