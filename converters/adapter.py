@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError, UnsupportedModel
-from edgeft.models.pickles import refuse_pickles
+from edgeft.models.weights import refuse_pickles
 from edgeft.paths import parse_json
 
 from .safetensors_rows import StoredTensor, check_dtype, read_header

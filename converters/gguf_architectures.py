@@ -126,7 +126,7 @@ def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> i
         return default
     if value == 0 and default is not None:
         return default
-    if not isinstance(value, int) or not 0 < value < _LARGEST:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
         raise ModelError(f"config.json: {name} is {value!r:.40}", "Copy or download the model again.")
     return value
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edgeft.errors import ModelError, UnsupportedModel
-from edgeft.models.pickles import refuse_pickles
+from edgeft.models.weights import refuse_pickles
 from edgeft.paths import parse_json
 
 if TYPE_CHECKING:

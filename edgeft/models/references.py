@@ -11,8 +11,8 @@ from typing import Literal
 from edgeft.errors import ModelError, Unreachable, UsageError
 from edgeft.models import hub, packages
 from edgeft.models.aliases import ALIASES
-from edgeft.models.pickles import refuse_pickles
 from edgeft.models.store import read_sidecar
+from edgeft.models.weights import refuse_pickles
 from edgeft.paths import parse_json
 from edgeft.progress import Progress
 from edgeft.run import Run, is_run

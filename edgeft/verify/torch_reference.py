@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgeft.errors import MissingDependency, ModelError, require
 from edgeft.models import nf4
-from edgeft.models.pickles import refuse_pickles
 from edgeft.models.quiet import quiet_libraries
+from edgeft.models.weights import refuse_missing, refuse_pickles
 from edgeft.openmp import TRAINING, short_spins
 
 if TYPE_CHECKING:
@@ -119,8 +119,9 @@ def _load_base(base: Path) -> Any:
     transformers = require("transformers", "train")
     refuse_pickles(base)
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             base,
+            output_loading_info=True,
             dtype=torch.float32,
             local_files_only=True,
             attn_implementation="sdpa",
@@ -129,6 +130,8 @@ def _load_base(base: Path) -> Any:
         )
     except Exception as error:  # transformers and safetensors raise anything on files made wrong
         raise ModelError(f"{base} cannot be loaded: {_first_line(error)}") from error
+    refuse_missing(base, found)
+    return model
 
 
 def _round_to_nf4(model: Any) -> None:
