@@ -81,7 +81,8 @@ class GgufConverter:
 
     def plan(self, source: Source, target: str, options: ConvertOptions) -> Plan:
         from .ggml import load
-        from .gguf_plan import make_plan, reading
+        from .gguf_plan import make_plan
+        from .reading import reading
 
         with reading(source):
             if target in _ADAPTERS:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,24 +72,6 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     if mixture == "fit":
         items = fit_to_size(items, len(head(pairs, [item.info for item in items])), options, ggml)
     return _plan(source, target, options, items, pairs, warnings, name, model)
-
-
-@contextlib.contextmanager
-def reading(source: Source) -> Iterator[None]:
-    """While a plan is made: settings that are there but of another kind than anyone expects become an error of theirs.
-
-    Raises:
-        ModelError
-    """
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
-        folders = f"{source.base} and {source.adapter}" if source.adapter else str(source.base)
-        raise ModelError(
-            f"the configuration or tokenizer files of {folders} do not make sense: {type(error).__name__}: "
-            f"{str(error)[:200]}",
-            "Copy or download them again.",
-        ) from error
 
 
 def named_tensors(source: Source) -> dict[str, tuple[MergedTensor, tuple[str, ...]]]:

@@ -33,8 +33,8 @@ class OnnxConverter:
         return Support(True)
 
     def plan(self, source: Source, target: str, options: ConvertOptions) -> Plan:
-        from .gguf_plan import reading
         from .onnx_plan import make_plan
+        from .reading import reading
 
         if target not in _TARGETS:
             raise UsageError(f"no ONNX target {target!r}", f"There are: {', '.join(_TARGETS)}.")

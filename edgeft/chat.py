@@ -128,7 +128,8 @@ class ChatTemplate:
                 business, or computes far more than the conversation needs.
         """
         jinja2 = require("jinja2", "device")
-        from edgeft.template_sandbox import TooCostly, render
+        from edgeft.template_budget import TooCostly
+        from edgeft.template_sandbox import render
 
         values = {
             "messages": list(messages),

@@ -7,6 +7,7 @@ before it sees the file.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,7 @@ def _vocabulary(header: GgufHeader) -> Iterator[str]:
         return
     known = set(tokens)
     if len(known) < len(tokens):
-        seen: set[Any] = set()
-        twice = next(token for token in tokens if token in seen or seen.add(token))
+        twice = Counter(tokens).most_common(1)[0][0]
         yield f"the token {str(twice)[:40]!r} is in its vocabulary twice"
     if header.metadata.get("tokenizer.ggml.model") == "llama":
         lost = [byte for byte in range(256) if f"<0x{byte:02X}>" not in known and chr(byte) not in known]
