@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeft.errors import ModelError, UnsupportedModel
+from edgeft.models.text import read_template
+from edgeft.paths import parse_json
 from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 
 from . import gguf_architectures as architectures
@@ -101,7 +102,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory. Raises: ModelError."""
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder} is not a Hugging Face directory: it has no config.json") from None
     except (OSError, ValueError) as error:
@@ -320,7 +321,7 @@ def stop_ids(source: Source) -> tuple[int, ...]:
 
 def _adapters_template(adapter: Path | None) -> str | None:
     file = adapter / "chat_template.jinja" if adapter else None
-    return file.read_text(encoding="utf-8") if file and file.is_file() else None
+    return read_template(file) if file and file.is_file() else None
 
 
 def _plan(

@@ -66,8 +66,8 @@ def read_importance(file: Path) -> dict[str, Floats]:
         sums, counts = tensors[name + _SUMS], tensors.get(name + _COUNTS)
         if counts is None or len(counts.reshape(-1)) != len(sums := sums.reshape(-1, sums.shape[-1])):
             raise ModelError(f"{file}: {name} has no counts that fit")
-        if not (np.isfinite(sums).all() and (sums >= 0).all()):
-            raise ModelError(f"{file}: {name} has values that are negative or not finite")
+        _check_values(file, name, sums)
+        _check_values(file, name, counts)
         found[name] = Use(sums, counts.reshape(-1)).mean()
     return found
 
@@ -131,24 +131,35 @@ def read_sensitivities(file: Path) -> dict[str, Cost]:
     """
     tensors, found = _tensors(file), {}
     for name, columns in read_importance(file).items():
-        if name + _GRADIENTS in tensors:
-            found[name] = Cost(tensors[name + _GRADIENTS].reshape(len(columns), -1), columns)
-    if not found or EMBEDDING + _ROWS not in tensors:
+        if (gradients := tensors.get(name + _GRADIENTS)) is not None:
+            if gradients.size == 0 or gradients.size % len(columns):
+                raise ModelError(f"{file}: {name} has gradients that do not fit")
+            found[name] = Cost(gradients.reshape(len(columns), -1), columns)
+    if not found or not {EMBEDDING + _ROWS, EMBEDDING + _GRADIENTS} <= tensors.keys():
         raise ModelError(
             f"{file} says how weights are used, not what errors in them cost", "Make it with edgeft imatrix."
         )
+    for name, values in tensors.items():
+        _check_values(file, name, values)
     found[EMBEDDING] = Cost(tensors[EMBEDDING + _ROWS][None], tensors[EMBEDDING + _GRADIENTS][None])
     return found
 
 
+def _check_values(file: Path, name: str, values: Floats) -> None:
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise ModelError(f"{file}: {name} has values that are negative or not finite")
+
+
 def _tensors(file: Path) -> dict[str, Floats]:
-    header = read_header(file)
-    raw = np.fromfile(file, np.uint8, offset=header.data_offset)
-    return {
-        tensor.name: raw[tensor.offset : tensor.offset + tensor.bytes].view(np.float32).reshape(tensor.shape[::-1])
-        for tensor in header.tensors
-        if tensor.type == "F32"
-    }
+    """Those of an importance matrix; a model that was given by mistake is not read."""
+    header, found = read_header(file), {}
+    with file.open("rb") as stream:
+        for tensor in header.tensors:
+            if tensor.type == "F32" and tensor.name.endswith((_SUMS, _COUNTS, _GRADIENTS, _ROWS)):
+                stream.seek(header.data_offset + tensor.offset)
+                values = np.frombuffer(stream.read(tensor.bytes), np.float32)
+                found[tensor.name] = values.reshape(tensor.shape[::-1])
+    return found
 
 
 def importance_of(known: Mapping[str, Floats], tensor: Shape) -> Floats | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError
-from edgeft.paths import sha256_file, write_json
+from edgeft.paths import parse_json, sha256_file, write_json
 
 SCHEMA = 1
 
@@ -93,7 +92,7 @@ def read_manifest(path: Path) -> Manifest | None:
     if not source.is_file():
         return None
     try:
-        raw = json.loads(source.read_text(encoding="utf-8"))
+        raw = parse_json(source.read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA:
             raise ModelError(f"{source} has schema {raw['schema']}; this edgeft reads schema {SCHEMA}")
         raw["stop_token_ids"] = tuple(raw["stop_token_ids"])

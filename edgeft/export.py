@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,7 +15,7 @@ from edgeft.data.example import Encoded
 from edgeft.errors import ModelError, UsageError
 from edgeft.models import ResolvedModel, resolve, weights_digest
 from edgeft.models.gguf_import import text_side
-from edgeft.paths import sha256_file
+from edgeft.paths import parse_json, sha256_file
 from edgeft.plugins import Converter, ConvertOptions, Plan, Source, Target
 from edgeft.progress import Progress, Silent
 from edgeft.run import Run, RunManifest
@@ -260,7 +259,7 @@ def _from_adapter(found: ResolvedModel, progress: Progress) -> Origin:
 
 def _read_json(file: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     return content if isinstance(content, dict) else {}

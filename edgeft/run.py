@@ -11,14 +11,13 @@ runs/<name>/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError
-from edgeft.paths import write_json
+from edgeft.paths import parse_json, write_json
 
 SCHEMA = 1
 
@@ -76,7 +75,7 @@ class Run:
         if not file.is_file():
             raise ModelError(f"the run {self.path} is not finished", f"edgeft train --resume {self.path}")
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            raw = parse_json(file.read_text(encoding="utf-8"))
             if raw["schema"] != SCHEMA:
                 raise ModelError(f"{file} has schema {raw['schema']}; this edgeft reads schema {SCHEMA}")
             return RunManifest(**raw)
@@ -93,7 +92,7 @@ class Run:
         with self.metrics_file.open(encoding="utf-8") as lines:
             for line in lines:
                 try:
-                    yield json.loads(line)
+                    yield parse_json(line)
                 except ValueError:
                     continue
 

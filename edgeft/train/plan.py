@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from edgeft.data.example import Encoded
 from edgeft.errors import ModelError, UsageError
+from edgeft.paths import parse_json
 from edgeft.train.batch import learned_count, shared_prefix
 from edgeft.train.config import TrainConfig
 from edgeft.train.cross_entropy import CHUNK_BYTES
@@ -76,19 +76,26 @@ def read_shape(model: Path) -> Shape:
     """Raises: ModelError when config.json is missing or does not describe a decoder."""
     file = model / "config.json"
     try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
         raw = raw.get("text_config", raw)
-        hidden, layers, mlp = raw["hidden_size"], raw["num_hidden_layers"], raw["intermediate_size"]
-        heads = raw["num_attention_heads"]
-        width = raw.get("head_dim") or hidden // heads
-        attention = hidden * width * (2 * heads + 2 * (raw.get("num_key_value_heads") or heads))
+        hidden, layers, mlp = (_size(raw, name) for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
+        heads, vocabulary = _size(raw, "num_attention_heads"), _size(raw, "vocab_size")
+        width = _size(raw, "head_dim", hidden // heads)
+        attention = hidden * width * (2 * heads + 2 * _size(raw, "num_key_value_heads", heads))
         body = layers * (attention + 3 * hidden * mlp)
-        context, tied = raw.get("max_position_embeddings", 2048), raw.get("tie_word_embeddings", True)
-        return Shape(layers, hidden, mlp, raw["vocab_size"], context, body, tied)
+        context, tied = _size(raw, "max_position_embeddings", 2048), bool(raw.get("tie_word_embeddings", True))
+        return Shape(layers, hidden, mlp, vocabulary, context, body, tied)
     except OSError as error:
         raise ModelError(f"{model} holds no model: {error.strerror}: config.json") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"{file} does not describe a language model: {error!r}") from error
+
+
+def _size(raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = raw.get(name) or default
+    if not isinstance(value, int) or not 0 < value < 1 << 31:
+        raise ValueError(f"{name} is {value!r:.40}")
+    return value
 
 
 def make_plan(

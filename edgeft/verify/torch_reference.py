@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgeft.errors import MissingDependency, ModelError, require
 from edgeft.models import nf4
 from edgeft.models.quiet import quiet_libraries
+from edgeft.models.weights import refuse_missing, refuse_pickles
 from edgeft.openmp import TRAINING, short_spins
 
 if TYPE_CHECKING:
@@ -116,12 +117,21 @@ def _load_gguf(file: Path, folder: Path) -> Any:
 def _load_base(base: Path) -> Any:
     torch = require("torch", "train")
     transformers = require("transformers", "train")
+    refuse_pickles(base)
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            base,
+            output_loading_info=True,
+            dtype=torch.float32,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers and safetensors raise anything on files made wrong
         raise ModelError(f"{base} cannot be loaded: {_first_line(error)}") from error
+    refuse_missing(base, found)
+    return model
 
 
 def _round_to_nf4(model: Any) -> None:
@@ -136,11 +146,12 @@ def _round_to_nf4(model: Any) -> None:
 
 def _with_adapter(model: Any, base: Path, adapter: Path) -> Any:
     peft = require("peft", "train")
+    refuse_pickles(adapter)
     try:
         if (rows := _embedding_rows(adapter)) is not None and rows != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows)
         model = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # PEFT, too
         raise ModelError(
             f"the adapter {adapter} does not go onto {base}: {_first_line(error)}",
             "Give the base model that the adapter was trained on.",
