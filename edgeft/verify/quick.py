@@ -83,7 +83,7 @@ def _check_weights(
 ) -> list[Finding]:
     reference = torch_reference.load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf)
     total = compare_all(reference, session, sample, progress)
-    findings = check_limits(total, limits_for(source, facts, total))
+    findings = check_limits(total, limits_for(source, facts, total.nll_reference))
     if reference.has_adapter:
         findings.append(check_adapter(reference, session, sample)[0])
     return findings
