@@ -8,7 +8,7 @@ from edgeft.plugins import Source
 from edgeft.verify.ledger import Ledger, Row
 
 FELT = 1e-4
-"""KL from the step before, in nats per token, below which a step is not worth a change: 16-bit files have about this."""
+"""KL from the step before, nats per token, below which a step is not worth a change: 16-bit files have about this."""
 
 
 @dataclass(frozen=True)

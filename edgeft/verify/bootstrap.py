@@ -57,7 +57,7 @@ class Draws:
         share = np.full(self.examples, 1 / max(self.examples, 1))
         self._counts = random.multinomial(self.examples, share, size=draws).astype(np.float64)
 
-    def per_token(self, values: NDArray[np.float32] | Floats) -> Interval:
+    def per_token(self, values: NDArray[np.float32] | NDArray[np.bool_]) -> Interval:
         """The mean over tokens of (tokens,) values."""
         import numpy as np
 

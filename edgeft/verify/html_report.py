@@ -62,9 +62,7 @@ def _ledger(ledger: Ledger, advice: str) -> list[str]:
     shown = [
         "<h2>From training to the device</h2>",
         _steps(ledger),
-        *(
-            f'<p class="soft">Left out: {escape(step.name)}, because {escape(step.why)}</p>' for step in ledger.skipped
-        ),
+        *(f'<p class="soft">Left out: {escape(step.name)}, because {escape(step.why)}</p>' for step in ledger.skipped),
         f'<p class="advice">{escape(advice)}</p>',
         "<h2>Loss on held-out data, nats per token</h2>",
         svg.dots(names, [row.nll for row in ledger.rows]),
@@ -94,8 +92,8 @@ def _steps(ledger: Ledger) -> str:
     )
     note = (
         f"{ledger.examples} examples, {ledger.tokens} scored tokens. KL and same top token: from “{_title(ledger)}”. "
-        "Lost here: KL from the step before. Exact match: answers that greedy decoding gives token by token. Below each "
-        "figure its 95 % interval (bootstrap over examples)."
+        "Lost here: KL from the step before. Exact match: answers that greedy decoding gives token by token. "
+        "Below each figure its 95 % interval (bootstrap over examples)."
     )
     rows = "".join(_step(row) for row in ledger.rows)
     return f'<table>{head}{rows}</table><p class="soft">{escape(note)}</p>'

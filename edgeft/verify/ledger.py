@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
+    Bools = NDArray[np.bool_]
 
 _HELD = 1 << 23
 """Log-probabilities of one step that are held at once: 32 MB of float32."""
@@ -128,15 +129,52 @@ class Ledger:
         }
 
 
-class _Tokens:
-    """What one step did on every token so far: parts of (tokens,) arrays, one per span."""
+@dataclass(frozen=True)
+class StepScores:
+    """What one step did on every token: arrays of shape (tokens,)."""
+
+    nll: Floats
+    kl: Floats
+    """KL(reference ‖ this step)."""
+    lost: Floats | None
+    """KL(step before ‖ this step); None for the first."""
+    same: Bools
+    """Whether the most probable token is the reference's."""
+    right: Bools
+    """Whether it is the one that really came."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every step on every token."""
+
+    steps: tuple[StepScores, ...]
+    reference: int
+    """Which step it is."""
+    owner: NDArray[np.int64]
+    """The example of every token, (tokens,), ascending."""
+
+
+class _Parts:
+    """A step's scores while they come in, one span after the other."""
 
     def __init__(self) -> None:
         self.nll: list[Floats] = []
         self.kl: list[Floats] = []
         self.lost: list[Floats] = []
-        self.same: list[NDArray[np.bool_]] = []
-        self.right: list[NDArray[np.bool_]] = []
+        self.same: list[Bools] = []
+        self.right: list[Bools] = []
+
+    def joined(self) -> StepScores:
+        import numpy as np
+
+        return StepScores(
+            nll=np.concatenate(self.nll),
+            kl=np.concatenate(self.kl),
+            lost=np.concatenate(self.lost) if self.lost else None,
+            same=np.concatenate(self.same),
+            right=np.concatenate(self.right),
+        )
 
 
 class _Wide:
@@ -152,7 +190,7 @@ class _Wide:
         """KL(this ‖ other) per row; what float32 lets fall below zero is zero."""
         import numpy as np
 
-        sums = (self.probability * (self.log - other)).sum(axis=1)
+        sums: NDArray[np.float64] = (self.probability * (self.log - other)).sum(axis=1)
         return np.maximum(sums, 0.0).astype(np.float32)
 
 
@@ -166,7 +204,7 @@ def measure(
     answers: bool = True,
     progress: Progress | None = None,
 ) -> Ledger:
-    """Score every learned token with every step.
+    """Score every learned token with every step, and sum up.
 
     Args:
         steps: in the order in which one comes from the other.
@@ -178,24 +216,38 @@ def measure(
         CheckFailed: a step's values are not finite, or two vocabularies differ.
         ModelError: an example does not fit into a runtime's context.
     """
+    scores = score(steps, reference, encoded, vocabulary, progress)
+    return summary(steps, scores, encoded, skipped=skipped, answers=answers)
+
+
+def score(
+    steps: Sequence[Step],
+    reference: StepName,
+    encoded: Sequence[Encoded],
+    vocabulary: int,
+    progress: Progress | None = None,
+) -> Scores:
+    """Token by token, what every step makes of the examples. As `measure`."""
+    import numpy as np
+
     progress = progress or Silent()
     at = [step.name for step in steps].index(reference)
-    parts = [_Tokens() for _ in steps]
+    parts = [_Parts() for _ in steps]
     owner: list[int] = []
     held = max(1, min(ROWS, _HELD // vocabulary))
     progress.start("Comparing: " + ", ".join(step.name for step in steps), len(encoded), "examples")
     try:
         for number, example in enumerate(encoded):
             for rows in chunks(scored_rows(example), held):
-                _add(parts, [_scored(step, example, rows) for step in steps], at, example, rows)
+                _add(parts, [_log_probs(step, example, rows) for step in steps], at, example, rows)
                 owner += [number] * len(rows)
             progress.advance(1, f"KL {float(parts[-1].kl[-1].mean()):.4f}")
     finally:
         progress.finish()
-    return _ledger(steps, at, encoded, parts, owner, tuple(skipped), answers)
+    return Scores(tuple(part.joined() for part in parts), at, np.asarray(owner, np.int64))
 
 
-def _scored(step: Step, example: Encoded, rows: Sequence[int]) -> Floats:
+def _log_probs(step: Step, example: Encoded, rows: Sequence[int]) -> Floats:
     import numpy as np
 
     found = step.log_probs(example.tokens, rows)
@@ -204,7 +256,7 @@ def _scored(step: Step, example: Encoded, rows: Sequence[int]) -> Floats:
     return found
 
 
-def _add(parts: Sequence[_Tokens], scored: Sequence[Floats], at: int, example: Encoded, rows: Sequence[int]) -> None:
+def _add(parts: Sequence[_Parts], scored: Sequence[Floats], at: int, example: Encoded, rows: Sequence[int]) -> None:
     import numpy as np
 
     for found in scored:
@@ -223,67 +275,58 @@ def _add(parts: Sequence[_Tokens], scored: Sequence[Floats], at: int, example: E
         before = reference if step == at else _Wide(found) if step + 1 < len(parts) else None
 
 
-def _ledger(
+def summary(
     steps: Sequence[Step],
-    at: int,
+    scores: Scores,
     encoded: Sequence[Encoded],
-    parts: Sequence[_Tokens],
-    owner: Sequence[int],
-    skipped: tuple[Skipped, ...],
-    answers: bool,
+    *,
+    skipped: Sequence[Skipped] = (),
+    answers: bool = True,
 ) -> Ledger:
-    import numpy as np
-
-    draws = Draws(np.asarray(owner, np.int64))
+    """Means, percentiles and intervals of scores."""
+    draws = Draws(scores.owner)
     rows: list[Row] = []
-    for number, (step, part) in enumerate(zip(steps, parts, strict=True)):
-        change = None if number == 0 else _joined(part.nll) - _joined(parts[number - 1].nll)
-        rows.append(_row(step, part, draws, change, answers))
-    changed = tuple(_most_changed(encoded, owner, parts[at], parts[-1]))
-    return Ledger(tuple(rows), steps[at].name, draws.examples, len(owner), skipped, changed)
+    for number, (step, found) in enumerate(zip(steps, scores.steps, strict=True)):
+        change = None if number == 0 else found.nll - scores.steps[number - 1].nll
+        rows.append(_row(step, found, draws, change, answers))
+    changed = tuple(_most_changed(encoded, scores))
+    name = steps[scores.reference].name
+    return Ledger(tuple(rows), name, draws.examples, len(scores.owner), tuple(skipped), changed)
 
 
-def _row(step: Step, part: _Tokens, draws: Draws, change: Floats | None, answers: bool) -> Row:
+def _row(step: Step, found: StepScores, draws: Draws, change: Floats | None, answers: bool) -> Row:
     import numpy as np
 
-    kl = _joined(part.kl)
-    wrong = np.bincount(draws.owner, weights=~np.concatenate(part.right), minlength=draws.examples)
+    wrong = np.bincount(draws.owner, weights=~found.right, minlength=draws.examples)
     return Row(
         name=step.name,
         title=step.shown,
-        nll=draws.per_token(_joined(part.nll)),
-        kl=draws.per_token(kl),
-        kl_p99=draws.percentile(kl, 0.99),
-        kl_worst=float(kl.max()),
-        same_top=draws.per_token(np.concatenate(part.same)),
+        nll=draws.per_token(found.nll),
+        kl=draws.per_token(found.kl),
+        kl_p99=draws.percentile(found.kl, 0.99),
+        kl_worst=float(found.kl.max()),
+        same_top=draws.per_token(found.same),
         exact=draws.per_example(wrong == 0) if answers else None,
         bytes=step.bytes,
-        percentiles=tuple(float(value) for value in np.quantile(kl, PERCENTILES)),
-        lost=draws.per_token(_joined(part.lost)) if part.lost else None,
+        percentiles=tuple(float(value) for value in np.quantile(found.kl, PERCENTILES)),
+        lost=None if found.lost is None else draws.per_token(found.lost),
         nll_change=None if change is None else draws.per_token(change),
     )
 
 
-def _joined(parts: Sequence[Floats]) -> Floats:
+def _most_changed(encoded: Sequence[Encoded], scores: Scores) -> Iterator[ChangedToken]:
     import numpy as np
 
-    return np.concatenate(parts)
-
-
-def _most_changed(
-    encoded: Sequence[Encoded], owner: Sequence[int], reference: _Tokens, last: _Tokens
-) -> Iterator[ChangedToken]:
-    import numpy as np
-
-    kl, expected, got = _joined(last.kl), _joined(reference.nll), _joined(last.nll)
+    reference, last = scores.steps[scores.reference], scores.steps[-1]
     places = [row + 1 for example in encoded for row in scored_rows(example)]
-    for at in np.argsort(-kl, kind="stable")[:_WORST]:
-        tokens, place = encoded[owner[at]].tokens, places[at]
+    for at in np.argsort(-last.kl, kind="stable")[:_WORST]:
+        owner = int(scores.owner[at])
+        tokens, place = encoded[owner].tokens, places[at]
         yield ChangedToken(
-            example=owner[at],
+            example=owner,
             tokens=tuple(tokens[max(0, place - 12) : place]),
             token=tokens[place],
-            kl=float(kl[at]),
-            reference=math.exp(-float(expected[at])),
-            file=math.exp(-float(got[at])),
+            kl=float(last.kl[at]),
+            reference=math.exp(-float(reference.nll[at])),
+            file=math.exp(-float(last.nll[at])),
         )
