@@ -166,9 +166,9 @@ class Bench:
 
         ship = shipment(name, self.run, self.origin, self.work)
         adapters = [AdapterScale(ship.adapter)] if ship.adapter else []
-        tensors = self._tensors(ship, adapters)
+        tensors = [Step("tensors", self._tensors(ship, adapters))] if name in MAIN else []
         with open_session(str(ship.file), RUNTIMES.get(name, LLAMA), adapters=adapters).session as session:
-            steps = [*self.shared(), Step("tensors", tensors), Step("file", in_runtime(session))]
+            steps = [*self.shared(), *tensors, Step("file", in_runtime(session))]
             scores = score(steps, "merged", self.encoded, self.vocabulary, _Progress(name))
         arrays: dict[str, Any] = {"owner": scores.owner, "bytes": ship.bytes}
         for step, found in zip(steps, scores.steps, strict=True):
@@ -264,7 +264,8 @@ def tables(results: Mapping[str, Found]) -> str:
     lines += [row("merged, not quantized (float32)", None, figures(first, "merged"))]
     for name, found in results.items():
         title = TITLES.get(name, f"`gguf-{name}`")
-        lines.append(row(f"{title}: its tensors", float(found["bytes"]), figures(found, "tensors")))
+        if "tensors_kl" in found:
+            lines.append(row(f"{title}: its tensors", None, figures(found, "tensors")))
         lines.append(row(title, float(found["bytes"]), figures(found)))
     text = "\n".join(lines)
     if OWN in results:

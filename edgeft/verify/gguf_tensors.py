@@ -110,7 +110,7 @@ def load_gguf_tensors(file: Path, folder: Path, adapters: Sequence[AdapterScale]
     config.vocab_size = stored[_EMBEDDING].shape[1] if _EMBEDDING in stored else config.vocab_size
     config.tie_word_embeddings = _HEAD not in stored
     with quiet_libraries():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _fill(model, _File(header, adapters, config), torch)
     if "rope_freqs.weight" in stored:
         _scale_rotary(model, torch.from_numpy(values(header, stored["rope_freqs.weight"])))

@@ -131,9 +131,8 @@ def _load_base(base: Path) -> Any:
     torch = require("torch", "train")
     transformers = require("transformers", "train")
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
-        )
+        # The attention is transformers' choice: Gemma 2 soft-caps its scores, which torch's fused one cannot.
+        return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{base} cannot be loaded: {_first_line(error)}") from error
 
