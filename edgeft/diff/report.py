@@ -89,7 +89,8 @@ class Difference:
         if self.same:
             return "No difference was found."
         differing = sum(not tensor.equal for tensor in self.tensors)
-        parts = [f"{len(self.metadata)} metadata keys"] if self.metadata else []
+        keys = len(self.metadata)
+        parts = [f"{keys} metadata key{'s' if keys > 1 else ''}"] if keys else []
         parts += [name for name in ("template", "tokenizer") if getattr(self, name) == "different"]
         parts += [f"{differing} of {len(self.tensors)} tensors"] if differing else []
         parts += ["answers"] if self.logits and self.logits.kl > 0 else []
