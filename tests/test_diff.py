@@ -244,6 +244,18 @@ def test_settings_of_onnx_directories(
     assert found["template"] == "different" and all(tensor["equal"] for tensor in found["tensors"])
 
 
+def test_one_byte_of_an_onnx_directory(
+    directories: dict[str, Path], tmp_path: Path, diff: Callable[..., dict[str, Any]]
+) -> None:
+    copy = Path(shutil.copytree(directories["onnx-int8"], tmp_path / "copy"))
+    shutil.copy(f"{directories['onnx-int8']}.json", f"{copy}.json")
+    content = bytearray((copy / "model.onnx.data").read_bytes())
+    content[10] ^= 1
+    (copy / "model.onnx.data").write_bytes(content)
+    found = diff(directories["onnx-int8"], copy, "--no-logits")
+    assert sum(not tensor["equal"] for tensor in found["tensors"]) == 1 and not found["same"]
+
+
 def test_between_gguf_and_onnx_only_answers_are_compared(
     base: Path, directories: dict[str, Path], diff: Callable[..., dict[str, Any]]
 ) -> None:

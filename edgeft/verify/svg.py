@@ -59,7 +59,7 @@ def lines(
     positive = [y for line in points for _, y in line if y > 0] or [1e-6]
     low, high = math.floor(math.log10(max(min(positive), 1e-8))), math.ceil(math.log10(max(positive)))
     high = max(high, low + 1)
-    height, right = 300, 190
+    height, right = 300, 240
 
     def x(at: float) -> float:
         return 70 + at * (width - 70 - right) / max(1, len(labels) - 1)
