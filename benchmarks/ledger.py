@@ -1,12 +1,13 @@
 """One ledger over every way to ship a run: how far each file is from the trained model, and how sure that is.
 
-    python benchmarks/ledger.py RUN --work FOLDER [--only q4,q4_0,…] [--examples N] [--json]
+    python benchmarks/ledger.py RUN --work FOLDER [--only q4,q4_0,…] [--imatrix FILE] [--examples N] [--json]
 
 Exports RUN (a QLoRA run of `edgeft demo`) to every target, and a q4_0 base for its adapter alone. All are scored on the
 run's held-out data against base and adapter merged in float32: first the file's tensors in torch, then the file in its
 runtime. What the trained graph and the merged model say is computed once and kept in FOLDER (4 bytes per token and
 vocabulary entry: 1 GB for the demo); what each file says is kept token by token, so that a second call only makes the
-table. Differences are paired: the same examples, the same bootstrap draws.
+table. Differences are paired: the same examples, the same bootstrap draws. `fit-q4_0` stands for types chosen tensor by
+tensor in the bytes of the q4_0 file; it needs the importance matrix that `edgeft imatrix RUN` makes.
 
 Needs the `train` and `onnx-export` extras.
 """
@@ -34,10 +35,11 @@ from edgeft.verify.bootstrap import Draws, Interval
 from edgeft.verify.steps import LogProbs, Step
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN = ("q8_0", "q4_0", "q4_k_m", "q4", "onnx-q4", "lora")
+MAIN = ("bf16", "q8_0", "q4_0", "q4_k_m", "q4", "onnx-q4", "lora")
 FIXED = ("q4_0", "q4_1", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs")
 """llama.cpp's 4-bit mixtures."""
 OWN = "q4"
+FITTED = ("fit-q4_0", "fit-q4")
 RUNTIMES = {"onnx-q4": "onnxruntime-genai"}
 LLAMA = "xllamacpp"
 """One binding for all GGUF files; prebuilt, so others can repeat it."""
@@ -66,7 +68,7 @@ def edgeft(*arguments: object) -> None:
         sys.exit(f"edgeft {' '.join(map(str, arguments))} failed")
 
 
-def shipment(name: str, run: str, origin: Origin, work: Path) -> Shipment:
+def shipment(name: str, run: str, origin: Origin, work: Path, imatrix: Path | None) -> Shipment:
     """The files of one target, made when they are not there."""
     if name == "lora":
         base, adapter = work / "base-q4_0.gguf", work / "adapter.gguf"
@@ -75,6 +77,13 @@ def shipment(name: str, run: str, origin: Origin, work: Path) -> Shipment:
         if not adapter.is_file():
             edgeft("export", run, "--to", "gguf-lora", "--out", adapter, "--no-verify")
         return Shipment(name, base, adapter)
+    if name.startswith("fit-"):
+        same_size = shipment(name.removeprefix("fit-"), run, origin, work, None)
+        out = work / f"{name}.gguf"
+        if not out.is_file():
+            wanted = ("--fit", f"{same_size.bytes / 1e6:.6f}MB", "--imatrix", imatrix)
+            edgeft("export", run, *wanted, "--out", out, "--no-verify")
+        return Shipment(name, out)
     directory = name.startswith("onnx")
     out = work / (f"{name}-onnx" if directory else f"{name}.gguf")
     if not out.exists():
@@ -122,12 +131,12 @@ def spans(encoded: Sequence[Encoded]) -> Iterator[tuple[list[int], Sequence[int]
 class Bench:
     """A run, its held-out tokens, and the two steps that all targets share."""
 
-    def __init__(self, run: str, work: Path, examples: int | None) -> None:
+    def __init__(self, run: str, work: Path, examples: int | None, imatrix: Path | None = None) -> None:
         from edgeft.verify.check import encode_for
         from edgeft.verify.divergence import scored_rows
         from edgeft.verify.examples import held_out
 
-        self.run, self.work, self.origin = run, work, find(run, None, Silent())
+        self.run, self.work, self.imatrix, self.origin = run, work, imatrix, find(run, None, Silent())
         held, notes = held_out(self.origin.run)
         print(*notes, sep="\n", file=sys.stderr)
         self.encoded = encode_for(self.origin.source, held[:examples], 2048)
@@ -164,7 +173,7 @@ class Bench:
         from edgeft.verify.ledger import score
         from edgeft.verify.steps import in_runtime
 
-        ship = shipment(name, self.run, self.origin, self.work)
+        ship = shipment(name, self.run, self.origin, self.work, self.imatrix)
         adapters = [AdapterScale(ship.adapter)] if ship.adapter else []
         tensors = [Step("tensors", self._tensors(ship, adapters))] if name in MAIN else []
         with open_session(str(ship.file), RUNTIMES.get(name, LLAMA), adapters=adapters).session as session:
@@ -254,6 +263,8 @@ TITLES = {
     "q4": "`gguf-q4`",
     "onnx-q4": "`onnx-q4`, onnxruntime-genai",
     "lora": "`gguf-lora` beside a q4_0 base",
+    "fit-q4_0": "`--fit`, in the bytes of q4_0",
+    "fit-q4": "`--fit`, in the bytes of gguf-q4",
 }
 
 
@@ -277,12 +288,13 @@ def against(results: Mapping[str, Found]) -> str:
     """`gguf-q4` against every fixed mixture."""
     own = results[OWN]
     lines = ["| `gguf-q4` against | MB more | its KL − ours | its NLL − ours |", "|---|--:|--:|--:|"]
-    for name in FIXED:
+    for name in (*FIXED, *FITTED):
         if name in results:
             other = results[name]
             more = (float(other["bytes"]) - float(own["bytes"])) / 1e6
             kl, nll = difference(own, other), difference(own, other, "file_nll")
-            lines.append(f"| `gguf-{name}` | {more:+.1f} | {shown(kl, '+.5f')} | {shown(nll, '+.5f')} |")
+            title = TITLES.get(name, f"`gguf-{name}`")
+            lines.append(f"| {title} | {more:+.1f} | {shown(kl, '+.5f')} | {shown(nll, '+.5f')} |")
     return "\n".join(lines)
 
 
@@ -301,13 +313,15 @@ def main() -> None:
     parser.add_argument("run", help="a finished QLoRA run")
     parser.add_argument("--work", type=Path, required=True, help="folder for files and scores (4 GB)")
     parser.add_argument("--only", help="targets, with commas; default: all")
+    parser.add_argument("--imatrix", type=Path, help="importance matrix of the run, for fit-q4_0 and fit-q4")
     parser.add_argument("--examples", type=int, help="the first N held-out examples only")
     parser.add_argument("--json", action="store_true", help="print one flat object")
     arguments = parser.parse_args()
     work = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments.run, work, arguments.examples)
-    names = arguments.only.split(",") if arguments.only else list(dict.fromkeys((*MAIN, *FIXED)))
+    bench = Bench(arguments.run, work, arguments.examples, arguments.imatrix)
+    fitted = FITTED if arguments.imatrix else ()
+    names = arguments.only.split(",") if arguments.only else list(dict.fromkeys((*MAIN, *FIXED, *fitted)))
     results = {name: np.load(bench.measure(name)) for name in names}
     if arguments.json:
         print(json.dumps(flat(results)))

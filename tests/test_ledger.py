@@ -142,6 +142,19 @@ def test_an_adapters_file_adds_what_peft_adds(adapter: dict[str, Any], tmp_path:
     assert kl(expected, half) > 10 * max(kl(expected, got), 1e-7)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_and_a_vocabulary_that_the_base_did_not_have(tied: bool, tmp_path: Path) -> None:
+    """What an adapter unties or adds is in the file; the base's configuration does not know of it."""
+    base = tiny.write_loadable(tmp_path / "base", tie_word_embeddings=tied)
+    file = base_file(base)
+    config = json.loads((base / "config.json").read_text())
+    other = {**config, "tie_word_embeddings": not tied, "vocab_size": config["vocab_size"] - 2}
+    (base / "config.json").write_text(json.dumps(other))
+    got = load_gguf_tensors(file, base).log_probs(TOKENS, range(len(TOKENS)))
+    with open_session(str(file), "xllamacpp").session as session:
+        assert kl(session.score(TOKENS), got) < 1e-5
+
+
 # --- An ONNX directory's -------------------------------------------------------------------
 
 
