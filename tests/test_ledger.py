@@ -32,6 +32,8 @@ from edgeft.sessions import open_session
 from edgeft.train import train
 from edgeft.verify.advice import Shipped, advice
 from edgeft.verify.bootstrap import Draws, Interval
+from edgeft.verify.build_steps import Parts
+from edgeft.verify.check import verify_file
 from edgeft.verify.gguf_tensors import load_gguf_tensors
 from edgeft.verify.ledger import Ledger, Row, measure
 from edgeft.verify.steps import Step, in_runtime
@@ -466,6 +468,37 @@ def check_page(page: str, found: dict[str, Any]) -> None:
     assert "nan" not in page.lower()
 
 
+@pytest.mark.parametrize("method", ["lora", "full", "gguf"])
+def test_the_trained_graph_of_every_method(
+    method: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a run on a GGUF that is merged after all: its graph had that file's weights."""
+    base = base_file(folder / "base", "gguf-q4_0") if method == "gguf" else folder / "base"
+    train(settings(base, folder / "data", tmp_path / "run", method=method, learning_rate=1e-2))
+    out = tmp_path / "x.gguf"
+    assert main(["export", str(tmp_path / "run"), "--to", "gguf-q8_0", "--out", str(out), "--no-verify"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "run"), str(out), "--runtime", "xllamacpp", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["nll_trained"] == pytest.approx(found["nll_training_graph"], abs=2e-3)
+    assert [step["step"] for step in found["ledger"]["steps"]] == ["trained", "merged", "tensors", "file"]
+
+
+def test_an_adapter_beside_its_base(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = base_file(folder / "base", "gguf-q4_0")
+    train(settings(base, folder / "data", tmp_path / "run", method="gguf", learning_rate=1e-2))
+    out = tmp_path / "x.gguf"
+    assert main(["export", str(tmp_path / "run"), "--out", str(out), "--no-verify"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "run"), str(out), "--runtime", "xllamacpp", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["ledger"]
+    assert found["reference"] == "unmerged" and found["skipped"] == []
+    assert [step["step"] for step in found["steps"]] == ["trained", "unmerged", "tensors", "file"]
+    tensors = found["steps"][2]
+    assert tensors["kl"]["value"] < 1e-7, "the same weights, read by numpy instead of ggml"
+    assert tensors["bytes"] == base.stat().st_size + out.stat().st_size
+
+
 def test_a_part_of_the_data_is_not_written_down(folder: Path, tmp_path: Path) -> None:
     file = exported(folder, "gguf-q5_0")
     assert main(["verify", str(folder / "run"), str(file), "--examples", "2"]) == 0
@@ -503,8 +536,6 @@ def test_models_show_tells_the_ledger(folder: Path, capsys: pytest.CaptureFixtur
 
 def test_a_damaged_tensor_is_seen_before_the_runtime(folder: Path, tmp_path: Path) -> None:
     """One matrix with its signs turned: the step of the tensors says so, not the runtime's."""
-    from edgeft.verify.check import verify_file
-
     file = exported(folder, "gguf-f16")
     header = read_header(file)
     info = next(tensor for tensor in header.tensors if tensor.name == "blk.1.ffn_down.weight")
@@ -520,7 +551,7 @@ def test_a_damaged_tensor_is_seen_before_the_runtime(folder: Path, tmp_path: Pat
 
     source = find(str(folder / "run"), None, Silent()).source
     with open_session(str(bad), "xllamacpp").session as session:
-        report = verify_file(source, bad, session, load_split(str(folder / "data"), "test"))
+        report = verify_file(Parts(source, bad, session), load_split(str(folder / "data"), "test"))
     assert not report.ok and report.ledger is not None and report.ledger.loses_most is not None
     assert report.ledger.loses_most.name == "tensors"
     last = report.ledger.rows[-1].lost

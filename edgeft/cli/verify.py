@@ -75,11 +75,13 @@ def verify(
     _check_reports(reports)
     from edgeft.export import find, merged
     from edgeft.sessions import open_session
+    from edgeft.verify.build_steps import Parts
     from edgeft.verify.check import verify_file
     from edgeft.verify.examples import held_out
 
     progress = ConsoleProgress()
     origin = find(model, adapter, progress)
+    trained = origin.source
     file, adapters = _parts(artifact, base or origin.source.gguf)
     if origin.source.gguf and not adapters:
         origin = merged(origin, progress)
@@ -91,13 +93,8 @@ def verify(
     opened = open_session(str(file), runtime, progress=progress, adapters=adapters)
     with opened.session as session:
         report = verify_file(
-            origin.source,
-            opened.artifact.path,
-            session,
+            Parts(origin.source, opened.artifact.path, session, adapters, origin.run, opened.runtime, trained),
             held[:examples],
-            adapters=adapters,
-            run=origin.run,
-            runtime=opened.runtime,
             tolerance=limits,
             nll_training_graph=_trained_nll(origin.run) if whole else None,
             progress=progress,

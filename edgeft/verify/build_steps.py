@@ -30,6 +30,8 @@ class Parts:
     run: Run | None = None
     runtime: str = ""
     """Its name, for the report."""
+    trained: Source | None = None
+    """What `run` was trained on, where that is not what was exported: a GGUF whose weights were merged after all."""
 
     @property
     def bytes(self) -> int:
@@ -65,7 +67,7 @@ def _trained(parts: Parts) -> tuple[LogProbs, int | None]:
     from edgeft.verify.trained_graph import load_trained
 
     assert parts.run is not None
-    graph = load_trained(parts.run, parts.source)
+    graph = load_trained(parts.run, parts.trained or parts.source)
     return graph.log_probs, graph.bytes
 
 

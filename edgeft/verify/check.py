@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeft.data.encode import encode_all
 from edgeft.data.example import Encoded, Example
-from edgeft.plugins import AdapterScale, Session, Source
+from edgeft.plugins import Session, Source
 from edgeft.progress import Progress, Silent
-from edgeft.run import Run
 from edgeft.verify.advice import Shipped, advice
 from edgeft.verify.build_steps import Parts, build
 from edgeft.verify.corpus import texts
@@ -39,14 +37,9 @@ _NOTHING = 1e-7
 
 
 def verify_file(
-    source: Source,
-    artifact: Path,
-    session: Session,
+    parts: Parts,
     examples: Sequence[Example],
     *,
-    adapters: Sequence[AdapterScale] = (),
-    run: Run | None = None,
-    runtime: str = "",
     tolerance: Mapping[str, float] | None = None,
     nll_training_graph: float | None = None,
     progress: Progress | None = None,
@@ -54,11 +47,7 @@ def verify_file(
     """Compare an exported model with the one it was made of, step by step from the trained graph to its runtime.
 
     Args:
-        artifact: the file that `session` has loaded; the base, when the adapter lies beside it.
         examples: held-out conversations; the same ones training was evaluated on make the ledger comparable.
-        adapters: the adapter files that `session` has loaded.
-        run: the finished run it was made of; without one, the graph that was trained is not measured.
-        runtime: name of the session's runtime, for the report.
         tolerance: changes to the default limits of the file's bits per weight (kl, top1, nll).
         nll_training_graph: from the run's manifest, passed on into the figures.
 
@@ -67,16 +56,12 @@ def verify_file(
         ModelError, DataError, CheckFailed: a part cannot be read, or the file cannot be compared at all.
     """
     started = time.monotonic()
-    facts = read_facts(artifact)
+    source, session, facts = parts.source, parts.session, read_facts(parts.artifact)
     check_names(tolerance or {})
     findings = check_texts(source, facts, session, texts())
     encoded = encode_for(source, examples, session.context)
     reference = load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf)
-    parts = Parts(source, artifact, session, adapters, run, runtime)
-    steps, skipped = build(parts, reference)
-    answers = all(example.messages for example in examples)
-    name: StepName = "merged" if reference.merged else "unmerged"
-    ledger = measure(steps, name, encoded, session.vocabulary, skipped=skipped, answers=answers, progress=progress)
+    ledger = _measure(parts, reference, encoded, all(example.messages for example in examples), progress)
     compared = Compared.of(ledger)
     limits = limits_for(source, facts, compared.nll_reference).with_changes(tolerance or {})
     findings += check_limits(compared, limits)
@@ -85,9 +70,18 @@ def verify_file(
         finding, more = check_adapter(reference, session, encoded)
         findings.append(finding)
         figures |= more
-    shipped = Shipped(source, artifact.is_dir(), bool(adapters), facts.bits_per_weight, parts.bytes)
+    shipped = Shipped(source, parts.artifact.is_dir(), bool(parts.adapters), facts.bits_per_weight, parts.bytes)
     seconds = round(time.monotonic() - started, 2)
     return Report(tuple(findings), {**figures, "seconds": seconds}, ledger, advice(ledger, shipped))
+
+
+def _measure(
+    parts: Parts, reference: TorchReference, encoded: Sequence[Encoded], answers: bool, progress: Progress | None
+) -> Ledger:
+    steps, skipped = build(parts, reference)
+    name: StepName = "merged" if reference.merged else "unmerged"
+    vocabulary = parts.session.vocabulary
+    return measure(steps, name, encoded, vocabulary, skipped=skipped, answers=answers, progress=progress)
 
 
 def _figures(
