@@ -33,10 +33,12 @@ from edgeft.train import train
 from edgeft.verify.advice import Shipped, advice
 from edgeft.verify.bootstrap import Draws, Interval
 from edgeft.verify.build_steps import Parts
-from edgeft.verify.check import verify_file
+from edgeft.verify.check import Compared, verify_file
 from edgeft.verify.gguf_tensors import load_gguf_tensors
+from edgeft.verify.html_report import page
 from edgeft.verify.ledger import Ledger, Row, measure
-from edgeft.verify.steps import Step, in_runtime
+from edgeft.verify.report import Finding, Report
+from edgeft.verify.steps import Skipped, Step, in_runtime
 from edgeft.verify.torch_reference import load_reference
 
 pytestmark = [
@@ -380,6 +382,25 @@ def test_the_fix_belongs_to_the_step(ledger: Ledger, shipped: Shipped, said: str
     assert re.search(said, advice(ledger, shipped)), advice(ledger, shipped)
 
 
+def test_limits_apply_to_the_last_step() -> None:
+    ledger = measure(STEPS, "merged", examples(), 11)
+    compared, last = Compared.of(ledger), ledger.rows[-1]
+    assert last.same_top.value < 1
+    assert (compared.kl, compared.top1, compared.nll_file) == (last.kl.value, last.same_top.value, last.nll.value)
+    assert compared.nll_reference == ledger.rows[1].nll.value
+
+
+def test_nothing_in_a_page_is_taken_for_markup() -> None:
+    """Names of files and what a model was asked come from elsewhere."""
+    evil = "<script>alert('1')</script>"
+    steps = [STEPS[1], Step("file", STEPS[3].log_probs, 100, title=evil)]
+    ledger = measure(steps, "merged", examples(), 11, skipped=[Skipped("trained", evil)])
+    report = Report((Finding(evil, False, evil),), {}, ledger, evil)
+    made = page(report, {"model": evil, "artifact": evil, "data": evil}, lambda tokens: evil)
+    assert "<script" not in made
+    assert made.count("&lt;script&gt;") > 20
+
+
 # --- Exact match without generating ---------------------------------------------------------------
 
 
@@ -438,6 +459,9 @@ def test_every_step_of_a_run(target: str, folder: Path, capsys: pytest.CaptureFi
     assert ledger["skipped"] == [] and ledger["reference"] == "merged"
     # The graph is the one that training scored.
     assert found["nll_trained"] == pytest.approx(found["nll_training_graph"], abs=2e-3)
+    last = ledger["steps"][-1]
+    assert (found["kl"], found["top1_agreement"]) == (last["kl"]["value"], last["same_top"]["value"])
+    assert found["nll_file"] == last["nll"]["value"] and found["kl_worst_token"] == last["kl_worst_token"]
     for step in ledger["steps"]:
         assert step["nll"]["low"] <= step["nll"]["value"] <= step["nll"]["high"]
         assert 0 <= step["same_top"]["value"] <= 1 and step["kl"]["value"] >= 0
