@@ -383,7 +383,7 @@ def test_the_fix_belongs_to_the_step(ledger: Ledger, shipped: Shipped, said: str
 
 
 def test_limits_apply_to_the_last_step() -> None:
-    ledger = measure(STEPS, "merged", examples(), 11)
+    ledger = measure([*STEPS[:2], Step("file", scripted(3, 1.0))], "merged", examples(), 11)
     compared, last = Compared.of(ledger), ledger.rows[-1]
     assert last.same_top.value < 1
     assert (compared.kl, compared.top1, compared.nll_file) == (last.kl.value, last.same_top.value, last.nll.value)
