@@ -39,7 +39,7 @@ MAIN = ("bf16", "q8_0", "q4_0", "q4_k_m", "q4", "onnx-q4", "lora")
 FIXED = ("q4_0", "q4_1", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs")
 """llama.cpp's 4-bit mixtures."""
 OWN = "q4"
-FITTED = ("fit-q4_0", "fit-q4")
+FITTED = ("fit-q4_0", "fit-q4", "fit-q4_k_m")
 RUNTIMES = {"onnx-q4": "onnxruntime-genai"}
 LLAMA = "xllamacpp"
 """One binding for all GGUF files; prebuilt, so others can repeat it."""
@@ -248,7 +248,7 @@ def row(name: str, size: float | None, made: Mapping[str, Interval]) -> str:
         shown(made["nll"], ".4f"),
         f"{np.exp(made['nll'].value):.4f}",
         shown(made["kl"], ".5f"),
-        shown(made["kl_p99"], ".3f"),
+        shown(made["kl_p99"], ".2g"),
         shown(made["same_top"], ".2%"),
         shown(made["exact"], ".1%"),
     ]
@@ -265,6 +265,7 @@ TITLES = {
     "lora": "`gguf-lora` beside a q4_0 base",
     "fit-q4_0": "`--fit`, in the bytes of q4_0",
     "fit-q4": "`--fit`, in the bytes of gguf-q4",
+    "fit-q4_k_m": "`--fit`, in the bytes of q4_k_m",
 }
 
 
@@ -313,7 +314,7 @@ def main() -> None:
     parser.add_argument("run", help="a finished QLoRA run")
     parser.add_argument("--work", type=Path, required=True, help="folder for files and scores (4 GB)")
     parser.add_argument("--only", help="targets, with commas; default: all")
-    parser.add_argument("--imatrix", type=Path, help="importance matrix of the run, for fit-q4_0 and fit-q4")
+    parser.add_argument("--imatrix", type=Path, help="importance matrix of the run, for fit-q4_0 and the like")
     parser.add_argument("--examples", type=int, help="the first N held-out examples only")
     parser.add_argument("--json", action="store_true", help="print one flat object")
     arguments = parser.parse_args()
