@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from edgeft.errors import UnsupportedModel, require
+from edgeft.errors import ModelError, UnsupportedModel, require
 from edgeft.models.onnx_values import OnnxFile, OnnxTensor
 from edgeft.verify.torch_reference import TorchReference
 
@@ -30,8 +30,11 @@ def load_onnx_tensors(folder: Path, merged: TorchReference) -> TorchReference:
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     for tensor in file.tensors.values():
         for parameter, rows in _places(model, tensor):
+            found = rows(torch.from_numpy(file.values(tensor)))
+            if found.shape != parameter.shape:
+                raise ModelError(f"{file.file}: {tensor.name} is not of the shape that the model has there")
             linear.discard(id(parameter))
-            parameter.data = rows(torch.from_numpy(file.values(tensor)))
+            parameter.data = found
     if linear:
         raise UnsupportedModel(f"{file.file}: {len(linear)} matrices of the model were not found in the graph")
     return TorchReference(model.eval(), has_adapter=False)
@@ -46,7 +49,10 @@ def _places(model: Any, tensor: OnnxTensor) -> list[tuple[Any, Any]]:
     if (found := _LAYER.fullmatch(tensor.name)) is None:
         return []
     layer, part, name = found.groups()
-    owner = model.get_submodule(f"model.layers.{layer}.{'self_attn' if part == 'attn' else 'mlp'}")
+    try:
+        owner = model.get_submodule(f"model.layers.{layer}.{'self_attn' if part == 'attn' else 'mlp'}")
+    except AttributeError as error:
+        raise UnsupportedModel(f"{type(model).__name__} has no place for {tensor.name}") from error
     names = [name] if hasattr(owner, name) else [one for one in _FUSED.get(name, ()) if hasattr(owner, one)]
     places, start = [], 0
     for weight in (getattr(owner, one).weight for one in names):
