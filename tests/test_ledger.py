@@ -540,6 +540,15 @@ def test_what_is_left_out_is_said(folder: Path, capsys: pytest.CaptureFixture[st
     assert "merged, not quantized" in said.out and "the file's tensors in torch" in said.out
 
 
+def test_quick_leaves_out_what_takes_another_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = exported(folder, "gguf-q8_0")
+    capsys.readouterr()
+    assert main(["verify", str(folder / "run"), str(file), "--quick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["ledger"]
+    assert [step["step"] for step in found["steps"]] == ["merged", "file"]
+    assert found["skipped"] == [{"step": step, "why": "--quick"} for step in ("trained", "tensors")]
+
+
 def test_only_pages_and_json_are_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = exported(folder, "gguf-q8_0")
     assert main(["verify", str(folder / "run"), str(file), "--report", "r.pdf"]) == 2

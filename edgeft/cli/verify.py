@@ -41,6 +41,7 @@ Examples:
 @click.option("--split", type=click.Choice(["test", "valid", "train"]), help="Default: test, or valid without one.")
 @click.option("--examples", type=click.IntRange(min=1), help="Compare the first N examples only.")
 @click.option("--tolerance", multiple=True, metavar="NAME=VALUE", help="Change a limit: kl, top1 or nll.")
+@click.option("--quick", is_flag=True, help="Measure the merged model and the file only, in half the time.")
 @click.option("--runtime", default="auto", show_default=True, help="Runtime that loads the file.")
 @click.option(
     "--report",
@@ -59,6 +60,7 @@ def verify(
     split: str | None,
     examples: int | None,
     tolerance: Sequence[str],
+    quick: bool,
     runtime: str,
     reports: Sequence[Path],
     as_json: bool,
@@ -93,7 +95,7 @@ def verify(
     opened = open_session(str(file), runtime, progress=progress, adapters=adapters)
     with opened.session as session:
         report = verify_file(
-            Parts(origin.source, opened.artifact.path, session, adapters, origin.run, opened.runtime, trained),
+            Parts(origin.source, opened.artifact.path, session, adapters, origin.run, opened.runtime, quick, trained),
             held[:examples],
             tolerance=limits,
             nll_training_graph=_trained_nll(origin.run) if whole else None,

@@ -30,6 +30,8 @@ class Parts:
     run: Run | None = None
     runtime: str = ""
     """Its name, for the report."""
+    quick: bool = False
+    """Leave out the steps that need another copy of the model: half the time."""
     trained: Source | None = None
     """What `run` was trained on, where that is not what was exported: a GGUF whose weights were merged after all."""
 
@@ -57,7 +59,7 @@ def build(parts: Parts, reference: TorchReference) -> tuple[list[Step], list[Ski
     attempt("trained", _no_graph(parts, reference), lambda: _trained(parts))
     size = 2 * reference.parameters if reference.merged else None
     steps.append(Step("merged" if reference.merged else "unmerged", reference.log_probs, size))
-    attempt("tensors", _no_room(reference), lambda: (_tensors(parts, reference).log_probs, parts.bytes))
+    attempt("tensors", _refusal(parts, reference), lambda: (_tensors(parts, reference).log_probs, parts.bytes))
     title = f"the file in {parts.runtime}" if parts.runtime else ""
     steps.append(Step("file", in_runtime(parts.session), parts.bytes, title))
     return steps, skipped
@@ -85,11 +87,13 @@ def _tensors(parts: Parts, reference: TorchReference) -> Reference:
 def _no_graph(parts: Parts, reference: TorchReference) -> str | None:
     if parts.run is None:
         return "there is no run: what was trained is not known"
-    return _no_room(reference)
+    return _refusal(parts, reference)
 
 
-def _no_room(reference: TorchReference) -> str | None:
+def _refusal(parts: Parts, reference: TorchReference) -> str | None:
     """Why another copy of the model, in float32, should not be loaded."""
+    if parts.quick:
+        return "--quick"
     needed, available = _FLOAT * reference.parameters, _available()
     if available is not None and needed > 0.8 * available:
         return f"another copy of the model takes {needed / 1e9:.1f} GB; {available / 1e9:.1f} GB are free"
