@@ -225,7 +225,7 @@ def _ledger_row(row: Row) -> tuple[str, ...]:
         f"{row.perplexity.value:.3f}",
         _interval(row.kl, ".2g"),
         f"{row.kl_p99.value:.2g}",
-        _interval(row.same_top, ".1%"),
+        _interval(row.same_top, ".2%"),
         "" if row.exact is None else _interval(row.exact, ".1%"),
         "" if row.bytes is None else f"{row.bytes / 1e6:.1f}",
         "" if row.lost is None else f"{row.lost.value:.2g}",
