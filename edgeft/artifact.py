@@ -42,6 +42,8 @@ class Manifest:
     licence: str | None = None
     ledger: Mapping[str, float] = field(default_factory=dict)
     """Stage -> mean negative log-likelihood (nats per completion token) on one held-out set."""
+    verification: Mapping[str, Any] = field(default_factory=dict)
+    """What `edgeft verify` measured last: data, runtime, and every step with its intervals."""
     notes: tuple[str, ...] = ()
     """What the reader should know: fallbacks that shapes forced, rounding, tied tensors."""
     edgeft_version: str = ""
@@ -113,8 +115,16 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path, read_manifest(path))
 
 
-def update_ledger(path: Path, entries: Mapping[str, float]) -> None:
-    """Add measured stages to an artifact's ledger."""
+def update_ledger(path: Path, entries: Mapping[str, float], verification: Mapping[str, Any] | None = None) -> bool:
+    """Add measured stages to an artifact's ledger, and what they were measured on and how sure they are.
+
+    Returns:
+        Whether there is a manifest to write them into.
+    """
     manifest = read_manifest(path)
-    if manifest is not None:
-        write_manifest(path, dataclasses.replace(manifest, ledger={**manifest.ledger, **entries}))
+    if manifest is None:
+        return False
+    known = manifest.verification if verification is None else verification
+    changed = dataclasses.replace(manifest, ledger={**manifest.ledger, **entries}, verification=known)
+    write_manifest(path, changed)
+    return True

@@ -35,7 +35,14 @@ def _gguf(found: ResolvedModel) -> dict[str, Any]:
         "context": header.context_length,
         "tokenizer_pre": header.tokenizer_pre,
         "chat_template": header.chat_template,
+        **_ledger(found.path),
     }
+
+
+def _ledger(path: Path) -> dict[str, Any]:
+    """The losses that `edgeft verify` measured, when it did."""
+    manifest = read_manifest(path)
+    return {"ledger": dict(manifest.ledger)} if manifest and manifest.ledger else {}
 
 
 def _directory(found: ResolvedModel) -> dict[str, Any]:
@@ -62,6 +69,7 @@ def _onnx(found: ResolvedModel) -> dict[str, Any]:
         "parameters": manifest.parameters if manifest else None,
         "types": manifest.types if manifest else None,
         "bits_per_weight": round(manifest.bits_per_weight, 3) if manifest else None,
+        **_ledger(found.path),
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgeft.errors import UsageError
+from edgeft.verify.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,12 @@ class Report:
 
     findings: tuple[Finding, ...]
     figures: Mapping[str, float | int | None] = field(default_factory=dict)
-    """nll_training_graph, nll_merged or nll_unmerged, nll_file, nll_base, kl, kl_base, top1_agreement,
-    tokens, examples, seconds."""
+    """nll_training_graph (by the run), nll_trained, nll_merged or nll_unmerged, nll_tensors, nll_file, nll_base, kl,
+    kl_worst_token, top1_agreement, tokens, examples, bits_per_weight, seconds."""
+    ledger: Ledger | None = None
+    """Every step, with intervals."""
+    advice: str = ""
+    """The step that loses most, and what to try."""
 
     @property
     def ok(self) -> bool:
@@ -114,10 +119,13 @@ class Report:
         return [finding for finding in self.findings if not finding.ok]
 
     @property
-    def ledger(self) -> dict[str, float]:
+    def losses(self) -> dict[str, float]:
         """The losses, stage by stage."""
         stages = ("nll_training_graph", "nll_merged", "nll_unmerged", "nll_file")
         return {stage: value for stage in stages if (value := self.figures.get(stage)) is not None}
 
     def as_dict(self) -> dict[str, Any]:
-        return {"ok": self.ok, **self.figures, "findings": [finding.as_dict() for finding in self.findings]}
+        found: dict[str, Any] = {"ok": self.ok, **self.figures}
+        if self.ledger is not None:
+            found |= {"ledger": self.ledger.as_dict(), "advice": self.advice}
+        return {**found, "findings": [finding.as_dict() for finding in self.findings]}

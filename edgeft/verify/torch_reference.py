@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,13 @@ class TorchReference:
         self.merged = merged
 
     @property
+    def parameters(self) -> int:
+        """Weights of the base, each counted once."""
+        model = self._model.get_base_model() if self.has_adapter else self._model
+        names = ((name, weight) for name, weight in model.named_parameters() if ".lora_" not in name)
+        return sum({id(weight): weight.numel() for _, weight in names}.values())
+
+    @property
     def vocabulary(self) -> int:
         return int(self._model.get_output_embeddings().weight.shape[0])
 
@@ -44,6 +52,12 @@ class TorchReference:
             logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(list(rows))).logits[0]
             result: NDArray[np.float32] = torch.log_softmax(logits.float(), dim=-1).numpy()
             return result
+
+    def plain_copy(self) -> Any:
+        """The merged model by itself, in memory of its own."""
+        copied = copy.deepcopy(self._model)
+        with quiet_libraries():
+            return copied.merge_and_unload() if self.has_adapter else copied
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -99,7 +113,7 @@ def load_reference(
         if rounded:
             _round_to_nf4(model)
         if adapter is not None:
-            model = _with_adapter(model, base, adapter)
+            model = with_adapter(model, base, adapter)
             if gguf is None:
                 model.merge_adapter()
     return TorchReference(model.eval(), adapter is not None, merged=gguf is None)
@@ -119,12 +133,12 @@ def _load_base(base: Path) -> Any:
     transformers = require("transformers", "train")
     refuse_pickles(base)
     try:
+        # The attention is transformers' choice: Gemma 2 soft-caps its scores, which torch's fused one cannot.
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             base,
             output_loading_info=True,
             dtype=torch.float32,
             local_files_only=True,
-            attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -144,7 +158,8 @@ def _round_to_nf4(model: Any) -> None:
             layer.weight.data = functional.dequantize_4bit(packed, state)
 
 
-def _with_adapter(model: Any, base: Path, adapter: Path) -> Any:
+def with_adapter(model: Any, base: Path, adapter: Path) -> Any:
+    """A base model with a PEFT adapter beside it, its embedding as long as the adapter's. Raises: ModelError."""
     peft = require("peft", "train")
     refuse_pickles(adapter)
     try:
