@@ -23,5 +23,8 @@ class Aware(Protocol):
     def at_step(self, step: int) -> None:
         """So many optimizer steps are done; called before every forward pass of training, validation and scoring."""
 
+    def moved(self) -> None:
+        """Trained parameters were loaded from a checkpoint."""
+
     def save(self, folder: Path) -> None:
         """Write the weights as the file will store them; see edgeft.models.packed."""

@@ -233,6 +233,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         with torch.no_grad():
             for name, parameter in self.trained_weights().items():
                 parameter.copy_(stored[name])
+        if self.aware is not None:
+            self.aware.moved()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
