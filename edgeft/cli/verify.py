@@ -60,8 +60,8 @@ def verify(
     Exit code 5 when a check fails.
     """
     limits = dict(_limit(text) for text in tolerance)
-    from edgeft.artifact import update_ledger
-    from edgeft.export import find, merged
+    from edgeft.artifact import read_manifest, update_ledger
+    from edgeft.export import as_exported, find, merged
     from edgeft.sessions import open_session
     from edgeft.verify.check import verify_file
     from edgeft.verify.examples import held_out
@@ -71,6 +71,7 @@ def verify(
     file, adapters = _parts(artifact, base or origin.source.gguf)
     if origin.source.gguf and not adapters:
         origin = merged(origin, progress)
+    origin = as_exported(origin, read_manifest(artifact))
     held, notes = held_out(origin.run, data, split)
     for text in notes:
         note(f"note: {text}")

@@ -11,6 +11,7 @@ from edgeft.data.encode import encode_all
 from edgeft.data.example import Encoded, Example
 from edgeft.plugins import Session, Source
 from edgeft.progress import Progress, Silent
+from edgeft.verify.codes import check_codes
 from edgeft.verify.corpus import texts
 from edgeft.verify.divergence import Divergence, chunks, compare, file_rows, scored_rows
 from edgeft.verify.facts import FileFacts, read_facts
@@ -59,7 +60,8 @@ def verify_file(
     check_names(tolerance or {})
     findings = check_texts(source, facts, session, texts())
     encoded = encode_for(source, examples, session.context)
-    reference = load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf)
+    reference = load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf, packed=source.packed)
+    findings += check_codes(source, artifact)
     total = compare_all(reference, session, encoded, progress)
     figures: dict[str, float | int | None] = {
         "nll_training_graph": nll_training_graph,
@@ -83,7 +85,7 @@ def verify_file(
 
 def limits_for(source: Source, facts: FileFacts, total: Divergence) -> Tolerance:
     """By the file's bits per weight; where nothing was rounded after training, those of `UNMERGED`."""
-    return UNMERGED if source.gguf else tolerance_for(facts.precision, total.nll_reference)
+    return UNMERGED if source.gguf or source.packed else tolerance_for(facts.precision, total.nll_reference)
 
 
 def encode_for(source: Source, examples: Sequence[Example], context: int) -> list[Encoded]:

@@ -1,0 +1,325 @@
+"""Quantization-aware adapters against LoRA -> merge -> quantize, and what becomes of an adapter trained on NF4.
+
+    python benchmarks/quantization_aware.py --work FOLDER [--only REGEX] [--seeds 0,1,2] [--json]
+
+SmolLM2-135M, rank 16, the same data in the same order, the same number of steps for every method. Two tasks: the demo's
+commands, and general text (the Python language reference as `pydoc_data.topics` has it, cut at paragraphs; the losses
+are of its held-out parts). Every cell (a training, a file with its scores) is kept in FOLDER/cells.json as soon as it
+is known, so the benchmark can be stopped and run in pieces; --only names the cells to compute. With all cells that the
+report needs, it is printed.
+
+Losses are nats per learned token, computed by llama.cpp with the file; "as trained" is the trained graph in torch, in
+float32. KL and the same next token compare the file with the graph it was trained as. The recovered share is
+(NLL of LoRA's Q4_0 file - NLL of the quantization-aware Q4_0 file) / (NLL of LoRA's Q4_0 file - NLL of LoRA as
+trained), with a paired bootstrap over held-out examples and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+MODEL, RANK, RATE, STEP_TOKENS = "smollm2-135m", 16, 1e-3, 512
+TASKS = ("text", "demo")
+TRAIN = {"text": 300, "demo": 1360}
+"""Examples: 120 steps each."""
+TEST = {"text": 40, "demo": 60}
+PIECE = 800
+"""Characters of a piece of general text, about 200 tokens."""
+TARGET = "gguf-q4_0"
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "qlora": {"method": "qlora"},
+    "aware": {"method": "lora", "target": TARGET},
+    "aware25": {"method": "lora", "target": TARGET, "quantize_after": 0.25},
+    "aware50": {"method": "lora", "target": TARGET, "quantize_after": 0.5},
+    "scales": {"method": "lora", "target": TARGET, "tune": "scales"},
+}
+
+Cells = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, runs, files and cells.json")
+    parser.add_argument("--only", default=".", help="regular expression: compute the cells whose names it fits")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--list", action="store_true", help="list the cells and whether they are known")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    prepare_data(options.work)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    wanted = plan(options.tasks.split(","), seeds)
+    known = read_cells(options.work)
+    if options.list:
+        print("\n".join(f"{'+' if name in known else '-'} {name}" for name in wanted))
+        return
+    for name, compute in wanted.items():
+        if name not in known and re.search(options.only, name):
+            print(name, file=sys.stderr, flush=True)
+            keep(options.work, name, compute(options.work))
+    known = read_cells(options.work)
+    figures = report(known, options.tasks.split(","), seeds)
+    print(json.dumps(figures) if options.json else json.dumps(figures, indent=1))
+
+
+# --- Cells ----------------------------------------------------------------------
+
+
+def plan(tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Callable[[Path], Any]]:
+    """Name of a cell -> how to compute it, trainings first."""
+    cells: dict[str, Callable[[Path], Any]] = {}
+
+    def training(task: str, method: str, seed: int) -> None:
+        cells[f"train/{task}/{method}/{seed}"] = lambda work: train_cell(work, task, method, seed)
+
+    def file(task: str, method: str, seed: int, how: str) -> None:
+        cells[f"file/{task}/{method}/{seed}/{how}"] = lambda work: file_cell(work, task, method, seed, how)
+
+    for seed in seeds:
+        for task in tasks:
+            for method in ("lora", "aware"):
+                training(task, method, seed)
+                file(task, method, seed, "q4_0")
+    for task in tasks:
+        first = seeds[0]
+        for method in ("qlora", "aware25", "aware50", "scales"):
+            training(task, method, first)
+        for method in ("aware25", "aware50", "scales"):
+            file(task, method, first, "q4_0")
+        for how in ("q4_k_m", "q4", "unmerged-q4_0"):
+            file(task, "lora", first, how)
+        for base in ("w16", "nf4"):
+            for target in ("q4_0", "q4_k_m", "q4"):
+                file(task, "qlora", first, f"{base}-{target}")
+    return cells
+
+
+def read_cells(work: Path) -> Cells:
+    file = work / "cells.json"
+    cells: Cells = json.loads(file.read_text()) if file.is_file() else {}
+    return cells
+
+
+def keep(work: Path, name: str, value: Any) -> None:
+    from edgeft.paths import write_json
+
+    write_json(work / "cells.json", {**read_cells(work), name: value})
+
+
+# --- Data -----------------------------------------------------------------------
+
+
+def prepare_data(work: Path) -> None:
+    if (work / "demo" / "test.jsonl").is_file():
+        return
+    from edgeft.data.load import resolve_dataset
+
+    pieces = text_pieces()
+    write_lines(work / "text", "test", [json.dumps({"text": piece}) for piece in pieces[: TEST["text"]]])
+    rest = pieces[TEST["text"] :][: TRAIN["text"]]
+    write_lines(work / "text", "train", [json.dumps({"text": piece}) for piece in rest])
+    demo = Path(resolve_dataset("smart-home"))
+    for split, count in (("train", TRAIN["demo"]), ("test", TEST["demo"])):
+        write_lines(work / "demo", split, (demo / f"{split}.jsonl").read_text().splitlines()[:count])
+
+
+def text_pieces() -> list[str]:
+    """The Python language reference in pieces, shuffled."""
+    from pydoc_data.topics import topics
+
+    pieces = []
+    for name in sorted(topics):
+        piece = ""
+        for paragraph in topics[name].split("\n\n"):
+            piece += paragraph + "\n\n"
+            if len(piece) >= PIECE:
+                pieces.append(piece[: 2 * PIECE].strip())
+                piece = ""
+    random.Random(0).shuffle(pieces)
+    return pieces
+
+
+def write_lines(folder: Path, split: str, lines: Sequence[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def encoded_test(work: Path, task: str) -> list[Any]:
+    from edgeft.data.encode import encode_all
+    from edgeft.data.load import load_split
+    from edgeft.models import resolve
+    from edgeft.models.text import load_text_side
+
+    text = load_text_side(resolve(MODEL, want="hf").path)
+    return encode_all(load_split(work / task, "test"), text.need_template(), text.tokenize, text.eos_tokens).encoded
+
+
+# --- Training -------------------------------------------------------------------
+
+
+def train_cell(work: Path, task: str, method: str, seed: int) -> dict[str, Any]:
+    from edgeft.train import TrainConfig, read_config, train
+
+    out = work / "runs" / f"{task}-{method}-{seed}"
+    settings: dict[str, Any] = {
+        "rank": RANK, "learning_rate": RATE, "epochs": 1.0, "batch_tokens": STEP_TOKENS, "micro_tokens": STEP_TOKENS,
+        "seed": seed, "save_every": 40, "keep": 1, **METHODS[method],
+    }  # fmt: skip
+    resume = (out / "config.toml").is_file()
+    started = time.perf_counter()
+    config = read_config(out) if resume else TrainConfig(MODEL, str(work / task), out, **settings)
+    outcome = train(config, resume=resume)
+    losses = [line["loss"] for line in outcome.run.metrics() if "loss" in line]
+    return {
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "seconds": round(outcome.seconds, 1),
+        "wall_s": round(time.perf_counter() - started, 1),
+        "loss_last_10": round(statistics.mean(losses[-10:]), 4),
+        "nll_training_graph": outcome.manifest.evaluation["nll_training_graph"],
+    }
+
+
+# --- Files ----------------------------------------------------------------------
+
+
+def file_cell(work: Path, task: str, method: str, seed: int, how: str) -> dict[str, Any]:
+    """Export, and score the file against the graph it was trained as."""
+    from edgeft.evaluate import predict
+    from edgeft.data.load import load_split
+    from edgeft.plugins import AdapterScale
+    from edgeft.sessions import open_session
+
+    run = work / "runs" / f"{task}-{method}-{seed}"
+    out = work / "files" / f"{run.name}-{how}.gguf"
+    out.parent.mkdir(exist_ok=True)
+    source, merge, adapters = None, None, ()
+    if how.startswith("unmerged-"):
+        target = how.removeprefix("unmerged-")
+        base = work / "files" / f"base-{target}.gguf"
+        if not base.is_file():
+            write_file(MODEL, f"gguf-{target}", base)
+        source, size = write_file(str(run), "gguf-lora", out)
+        size += base.stat().st_size
+        adapters, opened_file = (AdapterScale(out),), base
+    else:
+        if method == "qlora":
+            merge, how = how.split("-", 1)
+        source, size = write_file(str(run), f"gguf-{how}", out, merge)
+        opened_file = out
+    cell: dict[str, Any] = {"bytes": size}
+    with open_session(str(opened_file), adapters=adapters).session as session:
+        cell |= scores(source, session, encoded_test(work, task), method)
+        if task == "demo":
+            answers = list(predict(session, load_split(work / task, "test"), whole=False))
+            cell["exact"] = [int(answer.exact) for answer in answers]
+    return cell
+
+
+def write_file(model: str, target: str, out: Path, merge: str | None = None) -> tuple[Any, int]:
+    from edgeft import export as workflow
+    from edgeft.progress import Silent
+
+    bases = {None: None, "w16": "w16", "nf4": "nf4-roundtrip"}
+    more = {"merge_base": bases[merge]} if merge else {}
+    prepared = workflow.prepare(model, target, out=out, **more)
+    artifact = workflow.export(prepared, Silent())
+    assert artifact.manifest is not None
+    return prepared.origin.source, artifact.manifest.bytes
+
+
+def scores(source: Any, session: Any, examples: Sequence[Any], method: str) -> dict[str, Any]:
+    """Per example: sums of NLL as trained and by the file, of KL, tokens with the same next one, tokens."""
+    import dataclasses
+
+    from edgeft.verify.divergence import Divergence, add_rows, chunks, scored_rows
+    from edgeft.verify.torch_reference import load_reference
+
+    # An adapter that was trained on NF4 is compared with what it was trained as, whatever it was merged into.
+    trained = dataclasses.replace(source, nf4=method == "qlora")
+    reference = load_reference(
+        trained.base, trained.adapter, rounded=trained.nf4, **({"packed": trained.packed} if trained.packed else {})
+    )
+    rows: dict[str, list[float]] = {"nll_trained": [], "nll": [], "kl": [], "same": [], "tokens": []}
+    for example in examples:
+        found = Divergence()
+        for span in chunks(scored_rows(example)):
+            add_rows(found, reference, session, example.tokens, span)
+        count = found.tokens
+        for name, mean in (
+            ("nll_trained", found.nll_reference), ("nll", found.nll_file), ("kl", found.kl), ("same", found.top1),
+        ):  # fmt: skip
+            rows[name].append(mean * count)
+        rows["tokens"].append(count)
+    return rows
+
+
+# --- Report ---------------------------------------------------------------------
+
+
+def report(cells: Cells, tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for task in tasks:
+        found = [
+            (cells[f"file/{task}/lora/{seed}/q4_0"], cells[f"file/{task}/aware/{seed}/q4_0"])
+            for seed in seeds
+            if f"file/{task}/lora/{seed}/q4_0" in cells and f"file/{task}/aware/{seed}/q4_0" in cells
+        ]
+        if found:
+            figures[f"{task}_recovered"] = {"seeds": len(found), **recovered(found)}
+        figures[task] = {
+            name.removeprefix(f"file/{task}/"): line(cells, name) for name in cells if name.startswith(f"file/{task}/")
+        }
+    return figures
+
+
+def line(cells: Cells, name: str) -> dict[str, Any]:
+    cell = cells[name]
+    tokens = sum(cell["tokens"])
+    method, seed = name.split("/")[2:4]
+    known = {key: round(sum(cell[key]) / tokens, 5) for key in ("nll_trained", "nll", "kl", "same")}
+    if "exact" in cell:
+        known["exact_match"] = round(sum(cell["exact"]) / len(cell["exact"]), 4)
+    trained = cells.get(f"train/{name.split('/')[1]}/{method}/{seed}", {})
+    return {**known, "bytes": cell["bytes"], "train_s": trained.get("seconds"), "tokens": tokens}
+
+
+def recovered(pairs: Sequence[tuple[Any, Any]], rounds: int = 10_000) -> dict[str, Any]:
+    """The share with a 95 % interval: seeds and held-out examples drawn with replacement, the same for all three."""
+    import numpy as np
+
+    trained, plain, aware = (
+        np.array([pair[0]["nll_trained"] for pair in pairs]),
+        np.array([pair[0]["nll"] for pair in pairs]),
+        np.array([pair[1]["nll"] for pair in pairs]),
+    )
+    generator = np.random.default_rng(0)
+    seeds, examples = trained.shape
+
+    def share(rows: Any, columns: Any) -> float:
+        added = plain[np.ix_(rows, columns)].sum() - trained[np.ix_(rows, columns)].sum()
+        return float((plain[np.ix_(rows, columns)].sum() - aware[np.ix_(rows, columns)].sum()) / added)
+
+    drawn = [
+        share(generator.integers(0, seeds, seeds), generator.integers(0, examples, examples)) for _ in range(rounds)
+    ]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    per_seed = [round(share([seed], range(examples)), 4) for seed in range(seeds)]
+    whole = share(range(seeds), range(examples))
+    return {"share": round(whole, 4), "low": round(low, 4), "high": round(high, 4), "by_seed": per_seed}
+
+
+if __name__ == "__main__":
+    main()
