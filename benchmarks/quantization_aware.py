@@ -197,8 +197,8 @@ def train_cell(work: Path, task: str, method: str, seed: int) -> dict[str, Any]:
 
 def file_cell(work: Path, task: str, method: str, seed: int, how: str) -> dict[str, Any]:
     """Export, and score the file against the graph it was trained as."""
-    from edgeft.evaluate import predict
     from edgeft.data.load import load_split
+    from edgeft.evaluate import predict
     from edgeft.plugins import AdapterScale
     from edgeft.sessions import open_session
 

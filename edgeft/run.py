@@ -63,7 +63,7 @@ class Run:
 
     @property
     def packed(self) -> Path:
-        """Where a run that was trained for a target has its weights as that file stores them; see edgeft.models.packed."""
+        """The weights of a run that was trained for a target, as that file stores them (`edgeft.models.packed`)."""
         return self.path / "packed"
 
     @property

@@ -120,8 +120,7 @@ def _scratch(*sizes: int) -> list[int]:
 @cache
 def _library() -> Any:
     library = ggml_rows.library()
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.ggml_validate_row_data.argtypes = [ctypes.c_int, pointer, ctypes.c_size_t]
+    library.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
     library.ggml_validate_row_data.restype = ctypes.c_bool
     return library
 

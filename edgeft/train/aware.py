@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Aware(Protocol):
-    """Made before the trainer (it may add trained parameters to the model), installed after it and after the fused layers.
+    """Made before the trainer, as it may add trained parameters to the model; installed after the fused layers.
 
     What it keeps between steps beyond the model's trained parameters must follow from the step and those: checkpoints
     hold no more.

@@ -55,7 +55,7 @@ _GGML = Trainable("edgeft.train.aware_gguf:make")
 
 TARGETS: Mapping[str, Trainable] = {
     "gguf-q4_0": _GGML,
-    "gguf-q4_1": _GGML,
+    "gguf-q4_1": Trainable("edgeft.train.aware_gguf:make", scales=False),
     "gguf-q8_0": _GGML,
 }
 

@@ -20,8 +20,8 @@ def check_codes(source: Source, artifact: Path) -> list[Finding]:
     from safetensors import safe_open
     from transformers import AutoConfig
 
-    from edgeft.models.gguf_torch import StoredRows, check_supported
     from edgeft.models.gguf_header import TENSOR_TYPES, read_header
+    from edgeft.models.gguf_torch import StoredRows, check_supported
     from edgeft.models.packed import read_packed
 
     header, packed = read_header(artifact), read_packed(source.packed)
