@@ -7,7 +7,7 @@ The C sources (`ggml/src/ggml-quants.c` of llama.cpp, quantize_row_*_ref) say, p
     Q4_1   d = (max - min) / 15; q = min(15, trunc((x - min) · 1/d + 0.5)); value fp16(d) · q + fp16(min)
     Q8_0   d = max|x| / 127; q = round(x · 1/d), half away from zero; value fp16(d) · q
 
-1/d is 0 where d is 0. Codes are made with the float32 scale, values with the scale rounded to float16.
+1/d is 0 where d is 0, and a block whose 1/d overflows is all zeros. Codes are made with the float32 scale, values with the scale rounded to float16.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0.0, 1.0 / scale)
+    # Below 3e-39 it overflows; such a scale is 0 in float16, and so is every value.
+    return (1.0 / scale).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _stored(scale: Tensor) -> Tensor:

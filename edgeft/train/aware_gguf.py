@@ -85,7 +85,7 @@ class RoundedAdapters:
         """
         self.target, self._kinds, self._begin = target, kinds, begin
         self._grids = {kind: GgmlGrid(kind) for kind in set(kinds.values())}
-        self._merged: dict[str, Merged] = {}
+        self.layers: dict[str, Merged] = {}
         self._constants: dict[str, Tensor] = {}
         self._packed: dict[str, Tensor] = {}
         self._step = -1
@@ -98,9 +98,9 @@ class RoundedAdapters:
                 self._install_layer(f"{stored_name(name)}.weight", module)
         for name, parameter in model.named_parameters():
             known = stored_name(name)
-            if known in self._kinds and known not in self._merged:
+            if known in self._kinds and known not in self.layers:
                 self._constants[known] = parameter
-        if missing := set(self._kinds) - set(self._merged) - set(self._constants):
+        if missing := set(self._kinds) - set(self.layers) - set(self._constants):
             raise UnsupportedModel(f"the model has no parameter {sorted(missing)[0]}, which {self.target} quantizes")
 
     def _install_layer(self, name: str, module: Any) -> None:
@@ -117,7 +117,7 @@ class RoundedAdapters:
             return result
 
         module.forward = types.MethodType(forward, module)
-        self._merged[name] = merged
+        self.layers[name] = merged
 
     def at_step(self, step: int) -> None:
         """See `edgeft.train.aware.Aware`."""
@@ -132,7 +132,7 @@ class RoundedAdapters:
 
     def moved(self) -> None:
         """See `edgeft.train.aware.Aware`."""
-        for merged in self._merged.values():
+        for merged in self.layers.values():
             merged.moved()
 
     def _round_constant(self, name: str, parameter: Tensor) -> None:
@@ -144,5 +144,5 @@ class RoundedAdapters:
 
     def save(self, folder: Path) -> None:
         """See `edgeft.train.aware.Aware`."""
-        packed = {name: merged.pack() for name, merged in self._merged.items()} | self._packed
+        packed = {name: merged.pack() for name, merged in self.layers.items()} | self._packed
         write_packed(folder, self.target, {name: (self._kinds[name], packed[name]) for name in self._kinds})
