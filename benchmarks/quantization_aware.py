@@ -8,8 +8,9 @@ are of its held-out parts). Every cell (a training, a file with its scores) is k
 is known, so the benchmark can be stopped and run in pieces; --only names the cells to compute. With all cells that the
 report needs, it is printed.
 
-Losses are nats per learned token, computed by llama.cpp with the file; "as trained" is the trained graph in torch, in
-float32. KL and the same next token compare the file with the graph it was trained as. The recovered share is
+Losses are nats per learned token, of the file's own values in the arithmetic of training (bfloat16); "as trained" is
+the trained graph. KL and the same next token compare the file with the graph it was trained as. Exact match is
+llama.cpp's, and the cells "runtime" compare llama.cpp with the trained graph in float32. The recovered share is
 (NLL of LoRA's Q4_0 file - NLL of the quantization-aware Q4_0 file) / (NLL of LoRA's Q4_0 file - NLL of LoRA as
 trained), with a paired bootstrap over held-out examples and seeds.
 """
@@ -20,17 +21,19 @@ import argparse
 import json
 import random
 import re
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 MODEL, RANK, RATE, STEP_TOKENS = "smollm2-135m", 16, 1e-3, 512
 TASKS = ("text", "demo")
-TRAIN = {"text": 200, "demo": 900}
-"""Examples: about 80 steps each."""
+TRAIN = {"text": 115, "demo": 680}
+"""Examples: about 60 steps each."""
 TEST = {"text": 32, "demo": 60}
 PIECE = 800
 """Characters of a piece of general text, about 200 tokens."""
@@ -66,11 +69,17 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{'+' if name in known else '-'} {name}" for name in wanted))
         return
-    started = time.monotonic()
+    deadline = time.monotonic() + options.seconds
     for name, compute in wanted.items():
-        if name not in known and re.search(options.only, name) and time.monotonic() - started < options.seconds:
-            print(name, file=sys.stderr, flush=True)
+        left = deadline - time.monotonic()
+        if name not in known and re.search(options.only, name) and left > 30:
+            print(name, f"{left:.0f} s left", file=sys.stderr, flush=True)
+            if name.startswith("train/"):
+                # The run writes a checkpoint and is continued the next time.
+                signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+                signal.setitimer(signal.ITIMER_REAL, min(left, 1e6))
             keep(options.work, name, compute(options.work))
+            signal.setitimer(signal.ITIMER_REAL, 0)
     known = read_cells(options.work)
     figures = report(known, options.tasks.split(","), seeds)
     print(json.dumps(figures) if options.json else json.dumps(figures, indent=1))
@@ -88,6 +97,8 @@ def plan(tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Callable[[Path
 
     def file(task: str, method: str, seed: int, how: str) -> None:
         cells[f"file/{task}/{method}/{seed}/{how}"] = lambda work: file_cell(work, task, method, seed, how)
+        if task == "demo" and seed == seeds[0]:
+            cells[f"exact/{task}/{method}/{seed}/{how}"] = lambda work: exact_cell(work, task, method, seed, how)
 
     for seed in seeds:
         for task in tasks:
@@ -96,6 +107,7 @@ def plan(tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Callable[[Path
                 file(task, method, seed, "q4_0")
     for task in tasks:
         first = seeds[0]
+        cells[f"runtime/{task}/{first}"] = partial(runtime_cell, task=task, seed=first)
         for method in ("qlora", "aware25", "aware50", "scales"):
             training(task, method, first)
         for method in ("aware25", "aware50", "scales"):
@@ -199,73 +211,147 @@ def train_cell(work: Path, task: str, method: str, seed: int) -> dict[str, Any]:
 
 def file_cell(work: Path, task: str, method: str, seed: int, how: str) -> dict[str, Any]:
     """Export, and score the file against the graph it was trained as."""
+    run = work / "runs" / f"{task}-{method}-{seed}"
+    out, size, base = write(work, run, method, how)
+    trained = trained_graph(run, method)
+    shipped = file_graph(base or out, run.joinpath("adapter") if base else None)
+    return {"bytes": size, **scores(trained, shipped, encoded_test(work, task))}
+
+
+def exact_cell(work: Path, task: str, method: str, seed: int, how: str) -> dict[str, Any]:
+    """Exact match of the file in llama.cpp, and its distance from the trained graph in float32."""
     from edgeft.data.load import load_split
     from edgeft.evaluate import predict
     from edgeft.plugins import AdapterScale
     from edgeft.sessions import open_session
 
     run = work / "runs" / f"{task}-{method}-{seed}"
-    out = work / "files" / f"{run.name}-{how}.gguf"
+    out, _, base = write(work, run, method, how)
+    with open_session(str(base or out), adapters=(AdapterScale(out),) if base else ()).session as session:
+        answers = list(predict(session, load_split(work / task, "test"), whole=False))
+    return {"exact": [int(answer.exact) for answer in answers]}
+
+
+def runtime_cell(work: Path, task: str, seed: int) -> dict[str, Any]:
+    """The quantization-aware file in llama.cpp against the trained graph in float32, and equal blocks."""
+    from edgeft import export as workflow
+    from edgeft.progress import Silent
+    from edgeft.sessions import open_session
+    from edgeft.verify.check import compare_all
+    from edgeft.verify.codes import check_codes
+    from edgeft.verify.torch_reference import load_reference
+
+    run = work / "runs" / f"{task}-aware-{seed}"
+    out, _, _ = write(work, run, "aware", "q4_0")
+    source = workflow.find(str(run), None, Silent()).source
+    (codes,) = check_codes(source, out)
+    reference = load_reference(source.base, source.adapter, packed=source.packed)
+    with open_session(str(out)).session as session:
+        total = compare_all(reference, session, encoded_test(work, task))
+    return {
+        "codes": codes.detail, "equal": codes.value, "kl": total.kl, "same": total.top1, "tokens": total.tokens,
+        "nll_graph_float32": total.nll_reference, "nll_llama_cpp": total.nll_file,
+    }  # fmt: skip
+
+
+def write(work: Path, run: Path, method: str, how: str) -> tuple[Path, int, Path | None]:
+    """The file of a run, its bytes, and the base that it lies beside, if it is an adapter."""
+    out, base, merge = work / "files" / f"{run.name}-{how}.gguf", None, None
     out.parent.mkdir(exist_ok=True)
-    source, merge, adapters = None, None, ()
     if how.startswith("unmerged-"):
         target = how.removeprefix("unmerged-")
         base = work / "files" / f"base-{target}.gguf"
-        if not base.is_file():
-            write_file(MODEL, f"gguf-{target}", base)
-        source, size = write_file(str(run), "gguf-lora", out)
-        size += base.stat().st_size
-        adapters, opened_file = (AdapterScale(out),), base
-    else:
-        if method == "qlora":
-            merge, how = how.split("-", 1)
-        source, size = write_file(str(run), f"gguf-{how}", out, merge)
-        opened_file = out
-    cell: dict[str, Any] = {"bytes": size}
-    with open_session(str(opened_file), adapters=adapters).session as session:
-        cell |= scores(source, session, encoded_test(work, task), method)
-        if task == "demo":
-            answers = list(predict(session, load_split(work / task, "test"), whole=False))
-            cell["exact"] = [int(answer.exact) for answer in answers]
-    return cell
+        export(MODEL, f"gguf-{target}", base)
+        export(str(run), "gguf-lora", out)
+        return out, out.stat().st_size + base.stat().st_size, base
+    if method == "qlora":
+        merge, how = how.split("-", 1)
+    export(str(run), f"gguf-{how}", out, merge)
+    return out, out.stat().st_size, None
 
 
-def write_file(model: str, target: str, out: Path, merge: str | None = None) -> tuple[Any, int]:
+def export(model: str, target: str, out: Path, merge: str | None = None) -> None:
     from edgeft import export as workflow
     from edgeft.progress import Silent
 
-    bases = {None: None, "w16": "w16", "nf4": "nf4-roundtrip"}
-    more = {"merge_base": bases[merge]} if merge else {}
-    prepared = workflow.prepare(model, target, out=out, **more)
-    artifact = workflow.export(prepared, Silent())
-    assert artifact.manifest is not None
-    return prepared.origin.source, artifact.manifest.bytes
+    if not out.is_file():
+        bases: dict[str | None, Any] = {None: None, "w16": "w16", "nf4": "nf4-roundtrip"}
+        workflow.export(workflow.prepare(model, target, out=out, merge_base=bases[merge]), Silent())
 
 
-def scores(source: Any, session: Any, examples: Sequence[Any], method: str) -> dict[str, Any]:
+def trained_graph(run: Path, method: str) -> Any:
+    """What training computed with, in its own arithmetic."""
+    import torch
+
+    from edgeft.models import resolve
+    from edgeft.models.packed import fill, read_packed
+    from edgeft.train import read_config
+    from edgeft.train.hardware import detect
+    from edgeft.train.loading import load_base
+
+    base, hardware, config = resolve(MODEL, want="hf").path, detect(), read_config(run)
+    model = load_base(base, config, hardware)
+    if (run / "packed").is_dir():
+        with torch.no_grad():
+            fill(model, read_packed(run / "packed"))
+        return fused(model)
+    return fused(model, run / "adapter")
+
+
+def file_graph(file: Path, adapter: Path | None) -> Any:
+    """The file's own values in the same arithmetic."""
+    import torch
+
+    from edgeft.models import resolve
+    from edgeft.models.gguf_torch import load_packed
+    from edgeft.train import attention
+
+    attention.register()
+    folder = resolve(MODEL, want="hf").path
+    return fused(load_packed(file, folder, torch.bfloat16, attention=attention.NAME), adapter)
+
+
+def fused(model: Any, adapter: Path | None = None) -> Any:
+    from edgeft.train import fused as layers
+
+    if adapter is not None:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, str(adapter))
+    layers.install(model)
+    return model.eval()
+
+
+def scores(trained: Any, shipped: Any, examples: Sequence[Any]) -> dict[str, Any]:
     """Per example: sums of NLL as trained and by the file, of KL, tokens with the same next one, tokens."""
-    import dataclasses
-
-    from edgeft.verify.divergence import Divergence, add_rows, chunks, scored_rows
-    from edgeft.verify.torch_reference import load_reference
-
-    # An adapter that was trained on NF4 is compared with what it was trained as, whatever it was merged into.
-    trained = dataclasses.replace(source, nf4=method == "qlora")
-    reference = load_reference(
-        trained.base, trained.adapter, rounded=trained.nf4, **({"packed": trained.packed} if trained.packed else {})
-    )
     rows: dict[str, list[float]] = {"nll_trained": [], "nll": [], "kl": [], "same": [], "tokens": []}
     for example in examples:
-        found = Divergence()
-        for span in chunks(scored_rows(example)):
-            add_rows(found, reference, session, example.tokens, span)
-        count = found.tokens
-        for name, mean in (
-            ("nll_trained", found.nll_reference), ("nll", found.nll_file), ("kl", found.kl), ("same", found.top1),
-        ):  # fmt: skip
-            rows[name].append(mean * count)
-        rows["tokens"].append(count)
+        (before, targets), (after, _) = log_probs(trained, example), log_probs(shipped, example)
+        rows["nll_trained"].append(-float(before.gather(1, targets).sum()))
+        rows["nll"].append(-float(after.gather(1, targets).sum()))
+        rows["kl"].append(float((before.exp() * (before - after)).sum()))
+        rows["same"].append(int((before.argmax(1) == after.argmax(1)).sum()))
+        rows["tokens"].append(len(targets))
     return rows
+
+
+def log_probs(model: Any, example: Any) -> tuple[Any, Any]:
+    """Of the learned tokens: (tokens, vocabulary), and those tokens (tokens, 1)."""
+    import torch
+
+    from edgeft.train.batch import collate
+
+    batch = collate([example])
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.no_grad():
+        hidden = inner.base_model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            documents=batch["documents"],
+            use_cache=False,
+        ).last_hidden_state[0][batch["rows"]]
+        logits = (hidden @ inner.get_output_embeddings().weight.to(hidden.dtype).t()).float()
+    return torch.log_softmax(logits, 1), batch["targets"][:, None]
 
 
 # --- Report ---------------------------------------------------------------------
@@ -281,6 +367,7 @@ def report(cells: Cells, tasks: Sequence[str], seeds: Sequence[int]) -> dict[str
         ]
         if found:
             figures[f"{task}_recovered"] = {"seeds": len(found), **recovered(found)}
+        figures[f"{task}_runtime"] = {name: cells[name] for name in cells if name.startswith(f"runtime/{task}/")}
         figures[task] = {
             name.removeprefix(f"file/{task}/"): line(cells, name) for name in cells if name.startswith(f"file/{task}/")
         }
@@ -292,8 +379,9 @@ def line(cells: Cells, name: str) -> dict[str, Any]:
     tokens = sum(cell["tokens"])
     method, seed = name.split("/")[2:4]
     known = {key: round(sum(cell[key]) / tokens, 5) for key in ("nll_trained", "nll", "kl", "same")}
-    if "exact" in cell:
-        known["exact_match"] = round(sum(cell["exact"]) / len(cell["exact"]), 4)
+    answered = cells.get(name.replace("file/", "exact/"))
+    if answered:
+        known["exact_match"] = round(sum(answered["exact"]) / len(answered["exact"]), 4)
     trained = cells.get(f"train/{name.split('/')[1]}/{method}/{seed}", {})
     return {**known, "bytes": cell["bytes"], "train_s": trained.get("seconds"), "tokens": tokens}
 

@@ -193,7 +193,8 @@ def memory_bytes(config: TrainConfig, shape: Shape, hardware: Hardware, micro: i
         # NF4: 4 bits, and a scale of 8 bits per 64 weights with a float32 per 256 scales.
         per_weight = 0.516 if config.method == "qlora" else size
         layers = round(per_weight * shape.body) if shape.packed is None else shape.packed
-        weights = layers + size * embeddings
+        rounded = size * shape.body if config.target else 0
+        weights = layers + size * embeddings + rounded
         trained = 16 * _adapter_parameters(config, shape)
     per_layer = micro * size * (_KEPT_HIDDEN * shape.hidden + _KEPT_MLP * shape.mlp)
     if config.dora or config.method == "full":
