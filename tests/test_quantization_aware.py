@@ -152,6 +152,30 @@ def test_gradients_are_those_of_rounding_as_the_identity() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_the_teacher_loss_is_the_divergence_from_the_unrounded_model() -> None:
+    from edgeft.train.distillation import _ChunkedMixture
+
+    torch.manual_seed(0)
+    student, teacher, head = torch.randn(50, 16, requires_grad=True), torch.randn(50, 16), torch.randn(300, 16)
+    targets = torch.randint(0, 300, (50,))
+    for share in (0.0, 0.3):
+        loss = _ChunkedMixture.apply(student, teacher, head, None, targets, share)
+        (found,) = torch.autograd.grad(loss, student)
+        logits = student @ head.t()
+        nll = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        said = torch.log_softmax(teacher @ head.t(), 1)
+        kl = torch.nn.functional.kl_div(torch.log_softmax(logits, 1), said, log_target=True, reduction="sum")
+        expected = (1 - share) * nll + share * kl
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found, torch.autograd.grad(expected, student)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_with_a_teacher_learns(base: Path, data: Path, tmp_path: Path) -> None:
+    run = train(aware(base, data, tmp_path / "run", teacher=0.5, quantize_after=0.3)).run
+    losses = [line["loss"] for line in run.metrics() if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
 def test_weights_are_rounded_once_per_step() -> None:
     weight, a, b = torch.randn(8, 32), torch.randn(2, 32), torch.randn(8, 2)
     merged = Merged(GgmlGrid("Q8_0"), weight, a, b, 1.0)
@@ -284,6 +308,9 @@ def test_for_another_target_it_is_base_and_adapter(base: Path, data: Path, tmp_p
         ({"tune": "scales", "target": "gguf-q4_1"}, "no scales to tune"),
         ({"tune": "scales", "quantize_after": 0.5}, "from the first step"),
         ({"tune": "scales", "target": None}, "needs the file"),
+        ({"teacher": 0.5, "target": None}, "without a target"),
+        ({"teacher": 0.5, "tune": "scales"}, "no unrounded model"),
+        ({"teacher": 1.0}, "teacher must be"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(

@@ -50,6 +50,9 @@ Examples:
     type=click.Choice(["adapter", "scales"]),
     help="With --for: an adapter, or the scales of the rounded base's blocks. Default: adapter.",
 )
+@click.option(
+    "--teacher", type=float, help="With --for: share of the loss that keeps to the unrounded model. Default: 0."
+)
 @click.option("--rank", type=click.IntRange(1), help="Rank of the adapter. Default: 16.")
 @click.option("--alpha", type=float, help="Scale of the adapter is alpha / rank. Default: twice the rank.")
 @click.option("--dropout", type=float, help="Dropout before the adapter. Default: 0.")

@@ -7,14 +7,14 @@ The C sources (`ggml/src/ggml-quants.c` of llama.cpp, quantize_row_*_ref) say, p
     Q4_1   d = (max - min) / 15; q = min(15, trunc((x - min) · 1/d + 0.5)); value fp16(d) · q + fp16(min)
     Q8_0   d = max|x| / 127; q = round(x · 1/d), half away from zero; value fp16(d) · q
 
-1/d is 0 where d is 0, and a block whose 1/d overflows is all zeros. Codes are made with the float32 scale, values with the scale rounded to float16.
+1/d is 0 where d is 0, and a block whose 1/d overflows is all zeros. Codes are made with the float32 scale, values with
+the scale rounded to float16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from edgeft.errors import UnsupportedModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,9 @@ class Aware(Protocol):
     @property
     def ships(self) -> bool:
         """Whether the model now computes what the file will hold; validations before that do not choose the best."""
+
+    def exact(self) -> AbstractContextManager[None]:
+        """Within it the model computes with unrounded weights; for targets that have a teacher (`grids.Trainable`)."""
 
     def install(self, model: Any) -> None:
         """Replace the forward of layers."""

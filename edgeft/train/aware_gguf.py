@@ -6,8 +6,9 @@ is rounded in place when rounding begins. The exporter's own plan says which typ
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,15 @@ class RoundedAdapters:
         for name, parameter in self._constants.items():
             self._round_constant(name, parameter)
         self.ships = True
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """See `edgeft.train.aware.Aware`."""
+        self.ships, before = False, self.ships
+        try:
+            yield
+        finally:
+            self.ships = before
 
     def moved(self) -> None:
         """See `edgeft.train.aware.Aware`."""

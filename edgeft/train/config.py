@@ -69,6 +69,8 @@ class TrainConfig:
     quantize_after: float = 0.0
     """Share of the steps before it does."""
     tune: Tune = "adapter"
+    teacher: float = 0.0
+    """Share of the loss that is the divergence from the unrounded model."""
 
     def __post_init__(self) -> None:
         for name, smallest in (("rank", 1), ("patience", 0), ("keep", 1), ("eval_every", 0), ("save_every", 0)):
@@ -95,6 +97,8 @@ class TrainConfig:
         if self.target is None:
             if self.tune != "adapter":
                 raise UsageError("--tune scales needs the file whose scales are meant", "Add --for gguf-q4_0.")
+            if self.teacher or self.quantize_after:
+                raise UsageError("nothing is rounded in training without a target", "Add --for gguf-q4_0.")
             return
         from edgeft.train.grids import check_target
 

@@ -49,6 +49,8 @@ class Trainable:
     """Training methods it goes with, the default first."""
     scales: bool = True
     """Whether `--tune scales` is there."""
+    teacher: bool = True
+    """Whether `--teacher` is: an adapter that is rounded can also be computed with unrounded."""
 
 
 _GGML = Trainable("edgeft.train.aware_gguf:make")
@@ -85,6 +87,10 @@ def check_target(config: TrainConfig) -> None:
         raise UsageError(f"quantize-after must be from 0 to below 1, not {config.quantize_after}")
     if config.tune == "scales" and not known.scales:
         raise UsageError(f"{config.target} has no scales to tune")
+    if not 0 <= config.teacher < 1:
+        raise UsageError(f"teacher must be from 0 to below 1, not {config.teacher}")
+    if config.teacher and (config.tune == "scales" or not known.teacher):
+        raise UsageError("there is no unrounded model that could teach", "Leave out --teacher.")
     if config.tune == "scales" and config.quantize_after:
         raise UsageError("scales are those of rounded weights from the first step", "Leave out --quantize-after.")
     for name, given in (("--dora", config.dora), ("--dropout", config.dropout)):

@@ -7,7 +7,8 @@ gradient of t is d₀ · code · dL/dW summed over the block, through the float1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,11 @@ class TunedScales:
         with torch.no_grad():
             parameter.copy_(grid.unpack(packed, parameter.shape[1]))
         return packed
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """See `edgeft.train.aware.Aware`; there are no unrounded weights."""
+        yield
 
     def install(self, model: Any) -> None:
         """See `edgeft.train.aware.Aware`."""

@@ -123,8 +123,16 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         self._step_tokens += int(inputs["tokens"])
         self._tell_step()
         with torch.autocast(self.args.device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            nll = batch_nll(self.model, inputs)
+            nll = self._nll(inputs)
         return nll / (num_items_in_batch or max(1, len(inputs["targets"])))
+
+    def _nll(self, inputs: Batch) -> Any:
+        share, aware = self.session.config.teacher, self.aware
+        if not share or aware is None or not aware.ships:
+            return batch_nll(self.model, inputs)
+        from edgeft.train.distillation import distilled_nll
+
+        return distilled_nll(self.model, inputs, aware.exact(), share)
 
     def _tell_step(self) -> None:
         if self.aware is not None:
