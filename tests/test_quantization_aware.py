@@ -262,9 +262,9 @@ def test_validations_before_rounding_do_not_choose_the_weights(base: Path, data:
 
 
 def test_scales_alone_are_trained_and_shipped(base: Path, data: Path, tmp_path: Path) -> None:
-    run = train(aware(base, data, tmp_path / "run", tune="scales", learning_rate=1e-2, epochs=4)).run
+    run = train(aware(base, data, tmp_path / "run", tune="scales", learning_rate=5e-2, epochs=6)).run
     losses = [line["loss"] for line in run.metrics() if "loss" in line]
-    assert losses[-1] < losses[0] - 0.02
+    assert losses[-1] < losses[0] - 0.03
     assert run.adapter is None
     prepared = exporting.prepare(str(run.path), out=tmp_path / "file.gguf")
     exporting.export(prepared, Silent())

@@ -20,8 +20,9 @@ Scheduler = Literal["cosine", "linear", "constant"]
 Tune = Literal["adapter", "scales"]
 """What a run for a target trains: an adapter that is merged and rounded, or the scales of the rounded base's blocks."""
 
-# All weights of a small model can move little before it forgets; a fresh adapter has to move far.
-LEARNING_RATES: dict[str, float] = {"qlora": 1e-3, "lora": 1e-3, "full": 2e-5, "gguf": 1e-3}
+# All weights of a small model can move little before it forgets; a fresh adapter has to move far. Scales are trained as
+# factors: half a percent per step.
+LEARNING_RATES: dict[str, float] = {"qlora": 1e-3, "lora": 1e-3, "full": 2e-5, "gguf": 1e-3, "scales": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class TrainConfig:
 
     @property
     def effective_learning_rate(self) -> float:
-        return self.learning_rate or LEARNING_RATES[self.method]
+        return self.learning_rate or LEARNING_RATES["scales" if self.tune == "scales" else self.method]
 
 
 def write_config(file: Path, config: TrainConfig) -> None:
