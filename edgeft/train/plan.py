@@ -113,6 +113,9 @@ def make_plan(
     if prefix:
         reasons["shared prefix"] = f"all examples begin with the same {prefix} tokens: read once per pass"
     plan = schedule(lengths, micro, per_step, config.epochs, config.seed, prefix)
+    if config.target:
+        begin = f"after {config.quantize_after:.0%} of the steps" if config.quantize_after else "from the first step"
+        reasons["rounding"] = f"as {config.target} stores weights, {begin}: the file will be what is trained"
     tokens, learned = sum(lengths), sum(map(learned_count, train))
     rate = matmul_rate(hardware, min(micro, 1024), shape.mlp, shape.hidden)
     per_token = _flops_per_token(config, shape, recompute, learned / tokens)
