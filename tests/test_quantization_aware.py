@@ -274,6 +274,15 @@ def test_scales_alone_are_trained_and_shipped(base: Path, data: Path, tmp_path: 
         exporting.prepare(str(run.path), "gguf-q8_0", out=tmp_path / "other.gguf")
 
 
+def test_limits_of_a_file_that_is_the_graph_leave_room_for_8_bit_activations() -> None:
+    from edgeft.verify.report import as_trained
+
+    sure, unsure = as_trained(0.05), as_trained(2.75)
+    assert 0.003 < sure.kl < unsure.kl < 0.02
+    assert 0.9 < unsure.top1 < 0.97 < sure.top1 < 0.99
+    assert unsure.nll > 0.003
+
+
 def same_codes(run: Run, base: Path) -> None:
     from safetensors.torch import load_file
 

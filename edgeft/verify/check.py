@@ -15,7 +15,7 @@ from edgeft.verify.codes import check_codes
 from edgeft.verify.corpus import texts
 from edgeft.verify.divergence import Divergence, chunks, compare, file_rows, scored_rows
 from edgeft.verify.facts import FileFacts, read_facts
-from edgeft.verify.report import UNMERGED, Finding, Report, Tolerance, check_names, tolerance_for
+from edgeft.verify.report import UNMERGED, Finding, Report, Tolerance, as_trained, check_names, tolerance_for
 from edgeft.verify.text_checks import check_texts, trained_text
 from edgeft.verify.torch_reference import TorchReference, load_reference
 
@@ -84,8 +84,10 @@ def verify_file(
 
 
 def limits_for(source: Source, facts: FileFacts, total: Divergence) -> Tolerance:
-    """By the file's bits per weight; where nothing was rounded after training, those of `UNMERGED`."""
-    return UNMERGED if source.gguf or source.packed else tolerance_for(facts.precision, total.nll_reference)
+    """By the file's bits per weight; where nothing was rounded after training, by how activations are rounded."""
+    if source.packed:
+        return as_trained(total.nll_reference)
+    return UNMERGED if source.gguf else tolerance_for(facts.precision, total.nll_reference)
 
 
 def encode_for(source: Source, examples: Sequence[Example], context: int) -> list[Encoded]:
