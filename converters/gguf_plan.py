@@ -29,6 +29,7 @@ from .gguf_vocab import read_files
 from .gguf_writer import KeyValue, data_size, head, uint32
 from .importance import importance_of, read_importance
 from .merge import MergedTensor, Stack, read_whole
+from .packed_rows import with_packed
 from .safetensors_rows import Reader, StoredTensor
 from .tying import is_nf4, separate_head
 
@@ -68,6 +69,9 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     if adapter is not None:
         warnings += no_effect(adapter, ggml)
     pairs = _metadata(source, options, config, items, MIXTURES[name].file_type, warnings)
+    if source.packed is not None:
+        items = with_packed(items, source.packed)
+        warnings.append("the weights are those the run computed with, as it stored them (docs/quantization-aware.md)")
     if mixture == "fit":
         items = fit_to_size(items, len(head(pairs, [item.info for item in items])), options, ggml)
     return _plan(source, target, options, items, pairs, warnings, name, model)

@@ -190,6 +190,10 @@ class Reader:
             ModelError: the file cannot be opened.
         """
         check_dtype(tensor)
+        self.open_file(tensor)
+
+    def open_file(self, tensor: StoredTensor) -> None:
+        """The same for a tensor of any type. Raises: ModelError."""
         if tensor.file in self._handles:
             return
         try:

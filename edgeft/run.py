@@ -6,6 +6,7 @@ runs/<name>/
   events.jsonl     started, resumed, checkpoint, evaluation, finished, failed
   checkpoints/     what a resume needs
   adapter/         the result in PEFT's layout (or model/ after full fine-tuning)
+  packed/          after training for a target: its weights as that file stores them
   manifest.json    written last: base, data, template, seed, versions, evaluation
 """
 
@@ -38,6 +39,8 @@ class RunManifest:
     evaluation: Mapping[str, float] = field(default_factory=dict)
     """`nll_training_graph`: nats per completion token on the held-out split; `tokens`: how many were scored."""
     licence: str | None = None
+    target: str | None = None
+    """The export target that the run was trained for, if any."""
     schema: int = SCHEMA
 
 
@@ -56,6 +59,11 @@ class Run:
         """The directory with the weights to export: the base, or the fully fine-tuned model."""
         full = self.path / "model"
         return full if full.is_dir() else Path(self.manifest().base["path"])
+
+    @property
+    def packed(self) -> Path:
+        """The weights of a run that was trained for a target, as that file stores them (`edgeft.models.packed`)."""
+        return self.path / "packed"
 
     @property
     def metrics_file(self) -> Path:

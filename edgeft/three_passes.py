@@ -71,6 +71,10 @@ def plan(origin: Origin, target: str, out: Path, checkout: Path | None) -> Passe
         UsageError: a target that is no GGUF.
         MissingDependency: no checkout, or one without the converter or the built quantizer.
     """
+    if origin.source.packed is not None:
+        raise UsageError(
+            f"{origin.name} was trained for {target}: three passes would round it anew", "Leave out --engine."
+        )
     kind, _, name = target.partition("-")
     if kind != "gguf":
         raise UsageError(f"--engine llama.cpp makes GGUF files, not {target}", "Use --to gguf-q4_k_m, for instance.")

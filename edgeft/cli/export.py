@@ -66,6 +66,12 @@ def _list_targets(context: click.Context, parameter: click.Parameter, asked: boo
     help="Round merged weights first, as merging to a 16-bit checkpoint would.",
 )
 @click.option(
+    "--merge-base",
+    type=click.Choice(["w16", "nf4-roundtrip"]),
+    help="What an adapter trained on NF4 is merged into: the base's own weights, or those rounded to NF4 and back. "
+    "Default: nf4-roundtrip for a run of QLoRA, which loses least (docs/quantization-aware.md).",
+)
+@click.option(
     "--tokenizer-pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where edgeft asks for it."
 )
 @click.option(
@@ -121,6 +127,7 @@ def export(
     out: Path | None,
     no_verify: bool,
     rounding: Any,
+    merge_base: Any,
     tokenizer_pre: str | None,
     overrides: tuple[str, ...],
     imatrix: Path | None,
@@ -148,8 +155,9 @@ def export(
         target = target or "gguf"
     progress = ConsoleProgress()
     if engine == "llama.cpp":
-        origin = workflow.find(model, adapter, progress)
+        origin = workflow.with_merge_base(workflow.find(model, adapter, progress), merge_base)
         target = target or workflow.default_target(origin)
+        origin = workflow.for_target(origin, target)
         out = out or Path(workflow.default_name(origin.name, target))
         _three_passes(origin, target, out, checkout, no_verify=no_verify, as_json=as_json, dry_run=dry_run)
         return
@@ -173,6 +181,7 @@ def export(
             out=out,
             rounding=rounding,
             threads=threads,
+            merge_base=merge_base,
             extra=extra,
             progress=progress,
         )

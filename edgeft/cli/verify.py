@@ -75,7 +75,8 @@ def verify(
     """
     limits = dict(_limit(text) for text in tolerance)
     _check_reports(reports)
-    from edgeft.export import find, merged
+    from edgeft.artifact import read_manifest
+    from edgeft.export import as_exported, find, merged
     from edgeft.sessions import open_session
     from edgeft.verify.build_steps import Parts
     from edgeft.verify.check import verify_file
@@ -87,6 +88,7 @@ def verify(
     file, adapters = _parts(artifact, base or origin.source.gguf)
     if origin.source.gguf and not adapters:
         origin = merged(origin, progress)
+    origin = as_exported(origin, read_manifest(artifact))
     held, notes = held_out(origin.run, data, split)
     for text in notes:
         note(f"note: {text}")

@@ -120,6 +120,9 @@ def make_plan(
     if prefix:
         reasons["shared prefix"] = f"all examples begin with the same {prefix} tokens: read once per pass"
     plan = schedule(lengths, micro, per_step, config.epochs, config.seed, prefix)
+    if config.target:
+        begin = f"after {config.quantize_after:.0%} of the steps" if config.quantize_after else "from the first step"
+        reasons["rounding"] = f"as {config.target} stores weights, {begin}: the file will be what is trained"
     tokens, learned = sum(lengths), sum(map(learned_count, train))
     rate = matmul_rate(hardware, min(micro, 1024), shape.mlp, shape.hidden)
     per_token = _flops_per_token(config, shape, recompute, learned / tokens)
@@ -200,7 +203,8 @@ def memory_bytes(config: TrainConfig, shape: Shape, hardware: Hardware, micro: i
         # NF4: 4 bits, and a scale of 8 bits per 64 weights with a float32 per 256 scales.
         per_weight = 0.516 if config.method == "qlora" else size
         layers = round(per_weight * shape.body) if shape.packed is None else shape.packed
-        weights = layers + size * embeddings
+        rounded = size * shape.body if config.target else 0
+        weights = layers + size * embeddings + rounded
         trained = 16 * _adapter_parameters(config, shape)
     per_layer = micro * size * (_KEPT_HIDDEN * shape.hidden + _KEPT_MLP * shape.mlp)
     if config.dora or config.method == "full":

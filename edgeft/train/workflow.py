@@ -221,6 +221,8 @@ def _train(run: Run, ready: Prepared, progress: Progress) -> Outcome:
         raise ModelError(f"{bad} is NaN or infinite", "The base is damaged: copy or download it again.") from error
     if session.state.best_step is not None:
         trainer.load_weights(folder / "best")
+    if trainer.aware is not None:
+        trainer.aware.at_step(ready.schedule.steps)
     result = _score(trainer, ready, progress)
     _save_result(run, trainer, ready)
     manifest = _manifest(ready, result, session)
@@ -255,12 +257,20 @@ def _trainer(
 
     transformers.set_seed(config.seed)
     model = load_base(base, config, hardware, gguf)
-    if config.method != "full":
+    if config.method != "full" and config.tune == "adapter":
         model = add_adapter(model, config, base)
+    aware = None
+    if config.target is not None:
+        from edgeft.train.grids import make_aware
+
+        aware = make_aware(config, model, base, session.schedule.steps)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, local_files_only=True)
     trainer = PackedTrainer(model, tokenizer, session)
     if config.method != "full":
         fused.install(trainer.model)
+    if aware is not None:
+        aware.install(trainer.model)
+        trainer.aware = aware
     return trainer
 
 
@@ -335,6 +345,10 @@ def _score(trainer: PackedTrainer, ready: Prepared, progress: Progress) -> Evalu
 
 def _save_result(run: Run, trainer: PackedTrainer, ready: Prepared) -> None:
     """adapter/ in PEFT's layout, or model/ after full fine-tuning; the folder appears when it is complete."""
+    if trainer.aware is not None:
+        _save_folder(run.packed, trainer.aware.save)
+    if ready.config.tune == "scales":
+        return
     if ready.config.method == "full":
         _save_folder(run.path / "model", lambda folder: _save_model(folder, trainer, ready))
     else:
@@ -388,6 +402,7 @@ def _manifest(ready: Prepared, result: Evaluation | None, session: Session) -> R
         versions={"edgeft": __version__, **{name: importlib.metadata.version(name) for name in _MODULES}},
         evaluation=evaluation,
         licence=ready.base.licence,
+        target=config.target,
     )
 
 

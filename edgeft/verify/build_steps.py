@@ -87,6 +87,8 @@ def _tensors(parts: Parts, reference: TorchReference) -> Reference:
 def _no_graph(parts: Parts, reference: TorchReference) -> str | None:
     if parts.run is None:
         return "there is no run: what was trained is not known"
+    if parts.source.packed is not None:
+        return "the weights of the merged model are the very ones that were trained"
     return _refusal(parts, reference)
 
 

@@ -13,11 +13,12 @@ from edgeft.plugins import Session, Source
 from edgeft.progress import Progress, Silent
 from edgeft.verify.advice import Shipped, advice
 from edgeft.verify.build_steps import Parts, build
+from edgeft.verify.codes import check_codes
 from edgeft.verify.corpus import texts
 from edgeft.verify.divergence import Divergence, chunks, compare, file_rows, scored_rows
 from edgeft.verify.facts import FileFacts, read_facts
 from edgeft.verify.ledger import Ledger, measure
-from edgeft.verify.report import UNMERGED, Finding, Report, Tolerance, check_names, tolerance_for
+from edgeft.verify.report import UNMERGED, Finding, Report, Tolerance, as_trained, check_names, tolerance_for
 from edgeft.verify.steps import StepName
 from edgeft.verify.text_checks import check_texts, trained_text
 from edgeft.verify.torch_reference import TorchReference, load_reference
@@ -60,7 +61,8 @@ def verify_file(
     check_names(tolerance or {})
     findings = check_texts(source, facts, session, texts())
     encoded = encode_for(source, examples, session.context)
-    reference = load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf)
+    reference = load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf, packed=source.packed)
+    findings += check_codes(source, parts.artifact)
     ledger = _measure(parts, reference, encoded, all(example.messages for example in examples), progress)
     compared = Compared.of(ledger)
     limits = limits_for(source, facts, compared.nll_reference).with_changes(tolerance or {})
@@ -122,7 +124,9 @@ class Compared:
 
 
 def limits_for(source: Source, facts: FileFacts, nll_reference: float) -> Tolerance:
-    """By the file's bits per weight; where nothing was rounded after training, those of `UNMERGED`."""
+    """By the file's bits per weight; where nothing was rounded after training, by how activations are rounded."""
+    if source.packed:
+        return as_trained(nll_reference)
     return UNMERGED if source.gguf else tolerance_for(facts.precision, nll_reference)
 
 

@@ -12,6 +12,7 @@ from edgeft.plugins import Session, Source
 from edgeft.progress import Progress
 from edgeft.verify import torch_reference
 from edgeft.verify.check import check_adapter, check_limits, compare_all, limits_for
+from edgeft.verify.codes import check_codes
 from edgeft.verify.corpus import PLAIN, texts
 from edgeft.verify.divergence import chunks, file_rows, scored_rows
 from edgeft.verify.facts import FileFacts, read_facts
@@ -47,7 +48,7 @@ def quick_check(
         return findings
     if not torch_reference.available():
         return [*findings, Finding("kl", True, "not compared: torch is not installed", skipped=True)]
-    return findings + _check_weights(source, facts, session, sample, progress)
+    return findings + _check_weights(source, artifact, facts, session, sample, progress)
 
 
 def _sample(source: Source, examples: Sequence[Example], context: int) -> list[Encoded]:
@@ -71,11 +72,18 @@ def check_finite(session: Session, example: Encoded) -> Finding:
 
 
 def _check_weights(
-    source: Source, facts: FileFacts, session: Session, sample: Sequence[Encoded], progress: Progress | None
+    source: Source,
+    artifact: Path,
+    facts: FileFacts,
+    session: Session,
+    sample: Sequence[Encoded],
+    progress: Progress | None,
 ) -> list[Finding]:
-    reference = torch_reference.load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf)
+    reference = torch_reference.load_reference(
+        source.base, source.adapter, rounded=source.nf4, gguf=source.gguf, packed=source.packed
+    )
     total = compare_all(reference, session, sample, progress)
-    findings = check_limits(total, limits_for(source, facts, total.nll_reference))
+    findings = [*check_codes(source, artifact), *check_limits(total, limits_for(source, facts, total.nll_reference))]
     if reference.has_adapter:
         findings.append(check_adapter(reference, session, sample)[0])
     return findings

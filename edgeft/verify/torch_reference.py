@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeft.errors import MissingDependency, ModelError, require
 from edgeft.models import nf4
+from edgeft.models.packed import fill, read_packed
 from edgeft.models.quiet import quiet_libraries
 from edgeft.models.weights import refuse_missing, refuse_pickles
 from edgeft.openmp import TRAINING, short_spins
@@ -92,12 +93,18 @@ def available() -> bool:
 
 
 def load_reference(
-    base: Path, adapter: Path | None, *, rounded: bool = False, gguf: Path | None = None
+    base: Path,
+    adapter: Path | None,
+    *,
+    rounded: bool = False,
+    gguf: Path | None = None,
+    packed: Path | None = None,
 ) -> TorchReference:
     """Load a base model in float32 and merge an adapter into it.
 
     Args:
         rounded: take the base as QLoRA trained on it, rounded to NF4 by bitsandbytes itself.
+        packed: take these weights (`edgeft.models.packed`), which have the adapter in them.
         gguf: take the weights of this file, of which `base` is the text side, and do not merge.
 
     Raises:
@@ -112,6 +119,9 @@ def load_reference(
         model = _load_base(base) if gguf is None else _load_gguf(gguf, base)
         if rounded:
             _round_to_nf4(model)
+        if packed is not None:
+            fill(model, read_packed(packed))
+            adapter = None
         if adapter is not None:
             model = with_adapter(model, base, adapter)
             if gguf is None:
