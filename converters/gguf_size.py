@@ -20,7 +20,7 @@ from .gguf_items import Item, available_cores
 from .gguf_types import Shape
 from .gguf_writer import ALIGNMENT, padded
 from .importance import EMBEDDING, HEAD, Cost, read_sensitivities
-from .merge import MergedTensor
+from .merge import MergedTensor, Stack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,7 +101,7 @@ def _impossible(smallest: int, overhead: int, items: Sequence[Item], options: Co
 
 
 def _request(item: Item, known: Mapping[str, Cost], tied: bool) -> Request:
-    assert not isinstance(item.source, np.ndarray)
+    assert isinstance(item.source, MergedTensor | Stack)  # trained codes have a type already
     names = (item.name, HEAD) if tied and item.name == EMBEDDING else (item.name,)
     costs = [known[name] for name in names if name in known]
     sources = item.source.parts
