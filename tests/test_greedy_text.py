@@ -26,9 +26,7 @@ LENGTH = 16
 PROMPTS = (
     "What is the capital of France?",
     "Write a haiku about the sea.",
-    "Count from 1 to 10.",
     "Explain in one sentence what a compiler does.",
-    "def fibonacci(n):",
     "Übersetze ins Englische: Guten Morgen, wie geht es dir?",
 )
 RUNTIMES = {
@@ -97,5 +95,5 @@ def test_every_runtime_says_what_transformers_says(
 
 
 def test_the_answers_are_long_enough_to_tell(transformers_says: dict[str, Said]) -> None:
-    assert sum(len(said.answer) == LENGTH for said in transformers_says.values()) >= 4
+    assert sum(len(said.answer) == LENGTH for said in transformers_says.values()) >= 3
     assert len({said.text for said in transformers_says.values()}) == len(PROMPTS)
