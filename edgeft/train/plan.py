@@ -22,6 +22,8 @@ LIBRARIES_BYTES = 550_000_000
 # Share of the matrix-product rate that a whole step reaches (measured with SmolLM2-135M: 0.1 to 0.13 where AMX makes
 # the products fast and the rest of a step long, up to 0.3 without).
 _EFFICIENCY = 0.12
+# Weights summed with their adapter and rounded per second (measured: SmolLM2-135M's layers in 0.37 s on 2 cores).
+_ROUNDED_PER_S = 3e8
 # Memory per token and layer, in units of the dtype: of hidden width, and of the MLP's. Autograd keeps about half of
 # that (counted); the rest is what malloc and oneDNN hold back (measured: SmolLM2-135M peaks at 2.5 GB).
 _KEPT_HIDDEN, _KEPT_MLP = 20, 10
@@ -129,6 +131,8 @@ def make_plan(
     reasons["time"] = f"a matrix product runs at {rate / 1e9:.0f} GFLOP/s here; {per_token / 1e6:.0f} MFLOP per token"
     read = tokens - prefix * (len(train) - plan.packs_per_epoch)
     train_s = per_token * read * config.epochs / rate / _EFFICIENCY
+    if config.target:
+        train_s += plan.steps * shape.body / _ROUNDED_PER_S
     valid_s = sum(len(example.tokens) for example in valid) * per_token / 3 / rate / _EFFICIENCY
     eval_every = config.eval_every or _eval_every(plan, train_s, valid_s)
     if valid and not config.eval_every:
