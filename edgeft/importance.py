@@ -115,7 +115,7 @@ def _empty_model(source: Source) -> Any:
     dtype = torch.bfloat16 if cpu_bfloat16()[0] else torch.float32
     config = transformers.AutoConfig.from_pretrained(source.base)
     with accelerate.init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False)
     model.train()  # only then transformers recomputes layers
     model.gradient_checkpointing_enable({"use_reentrant": True})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgeft.data.example import Encoded
 from edgeft.errors import UnsupportedModel
-from edgeft.train.attention import Documents
+from edgeft.train.attention import Documents, check_reached
 from edgeft.train.cross_entropy import summed_nll
 
 # Rows are filled up to a multiple of this, for the same reason as lengths in edgeft.train.attention: with rows of any
@@ -90,7 +90,9 @@ def batch_nll(model: Any, batch: Batch) -> Tensor:
     """
     inner = _inner(model)
     if not _plain_head(inner.config):
-        logits = inner(**_inputs(batch), logits_to_keep=batch["rows"]).logits[0].float()
+        inputs = _inputs(batch)
+        logits = inner(**inputs, logits_to_keep=batch["rows"]).logits[0].float()
+        check_reached(inputs["documents"], inner)
         return torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="sum")
     learned, head = learned_states(model, batch)
     with torch.autocast(learned.device.type, enabled=False):
@@ -106,7 +108,9 @@ def learned_states(model: Any, batch: Batch) -> tuple[Tensor, Any]:
     inner, kind = _inner(model), batch["input_ids"].device.type
     if not _plain_head(inner.config):
         raise UnsupportedModel(f"the logits of {type(inner).__name__} are capped or scaled", "Leave out --teacher.")
-    learned = inner.base_model(**_inputs(batch)).last_hidden_state[0].index_select(0, batch["rows"])
+    inputs = _inputs(batch)
+    learned = inner.base_model(**inputs).last_hidden_state[0].index_select(0, batch["rows"])
+    check_reached(inputs["documents"], inner)
     narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else learned.dtype
     return learned.to(narrow), inner.get_output_embeddings()
 

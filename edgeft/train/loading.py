@@ -30,7 +30,9 @@ def load_base(path: Path, config: TrainConfig, hardware: Hardware, gguf: Path | 
     if gguf is not None:
         from edgeft.models.gguf_torch import load_packed
 
-        return load_packed(gguf, path, compute, attention=attention.NAME).to(hardware.device)
+        packed = load_packed(gguf, path, compute, attention=attention.NAME).to(hardware.device)
+        attention.install(packed)
+        return packed
     refuse_pickles(path)
     options: dict[str, Any] = {"dtype": torch.float32 if config.method == "full" else compute}
     # Neither pickles nor a model's own Python code.
@@ -46,6 +48,7 @@ def load_base(path: Path, config: TrainConfig, hardware: Hardware, gguf: Path | 
     except Exception as error:  # transformers and safetensors raise anything on files made wrong
         raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from error
     refuse_missing(path, found)
+    attention.install(model)
     return model
 
 
