@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install dev test test-slow test-reference lint types check docs bench-export bench-train bench-runtime parity kill clean
+.PHONY: help demo install dev test test-slow test-reference lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ docs: dev ## write the generated pages again
 bench-export: dev ## one-pass export against merge, convert, quantize
 	$(BIN)/python benchmarks/export.py
 
+bench-memory: dev ## peak memory of an export, for every GGUF target
+	$(BIN)/python benchmarks/export_memory.py
+
 bench-train: dev ## training against the usual recipe
 	$(BIN)/python benchmarks/train.py
 
@@ -55,9 +58,16 @@ bench-runtime: dev ## decoding against the bare binding (builds llama-cpp-python
 	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
 	$(BIN)/python benchmarks/runtime.py
 
+bench-fit: dev ## types chosen for a size against llama.cpp's mixtures
+	$(BIN)/python benchmarks/fit.py
+
+bench-ledger: dev ## every way to ship the run of the demo, in one ledger
+	$(BIN)/python benchmarks/ledger.py demo/run --work .cache/ledger
+
 parity: dev ## every tensor against llama.cpp's own converter and quantizer
 	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
 	$(BIN)/python benchmarks/parity.py
+	$(BIN)/python benchmarks/parity.py --types
 
 kill: dev ## twenty kills of training and of export
 	$(BIN)/python benchmarks/kill_train.py

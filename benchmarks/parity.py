@@ -1,11 +1,14 @@
 """Exports against llama.cpp's own converter and quantizer, byte for byte, over the whole matrix.
 
-    python benchmarks/parity.py [--json] [--quick] [--work FOLDER]
+    python benchmarks/parity.py [--json] [--quick] [--types] [--work FOLDER]
 
 Tiny random models of every family, in every variant and with both kinds of tokenizers, and models with the real
 tokenizers of SmolLM2, Llama 2 and 3.2, Qwen 2.5 and 3, in four shapes, tied and untied; each exported as Q4_0, Q8_0 and
 Q4_K_M. Without an adapter every tensor must be the same; with one and
 `--round bf16` the share of differing blocks is measured against PEFT merge, convert, quantize.
+
+With `--types`: every architecture in every type with every kind of tokenizer instead (docs/parity.md), in about ten
+minutes; an interrupted comparison goes on with `--log FILE`.
 
 Needs the `dev` extra, llama-cpp-python (a compiler) and npm; fetches about 90 MB once into `.cache`.
 """
@@ -27,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import parity_cases as parity  # noqa: E402
+import parity_types  # noqa: E402
 import reference  # noqa: E402
 import tiny_families  # noqa: E402
 from parity_cases import Case, Exported  # noqa: E402
@@ -104,6 +108,58 @@ def with_adapter(cases: Iterable[Case], work: Path, llama_cpp: Reference) -> lis
     return results
 
 
+def all_types(work: Path, llama_cpp: Reference, log: Path | None) -> dict[str, dict[str, list[int]]]:
+    """Model -> target -> [tensors, tensors that differ]; models that `log` has are not compared again."""
+    lines = log.read_text().splitlines() if log and log.is_file() else []
+    found = {name: counts for line in lines for name, counts in json.loads(line).items()}
+    for case in parity_types.cases():
+        if case.label in found:
+            continue
+        folder = work / case.label
+        converted = parity_types.prepare(case, folder, llama_cpp)
+        counts = {}
+        for target in parity_types.TARGETS:
+            different, tensors = parity_types.different(converted, target)
+            counts[target] = [tensors, len(different)]
+        shutil.rmtree(folder)
+        found[case.label] = counts
+        print(case.label, sum(count[1] for count in counts.values()), "differ", file=sys.stderr)
+        if log:
+            with log.open("a") as stream:
+                stream.write(json.dumps({case.label: counts}) + "\n")
+    return found
+
+
+def types_figures(found: dict[str, dict[str, list[int]]]) -> dict[str, float]:
+    counts = [count for one in found.values() for count in one.values()]
+    tensors, different = sum(count[0] for count in counts), sum(count[1] for count in counts)
+    return {
+        "files": len(counts),
+        "tensors": tensors,
+        "tensors_different": different,
+        "tensors_identical_ratio": 1 - different / tensors,
+    }
+
+
+def types_table(found: dict[str, dict[str, list[int]]]) -> str:
+    total = types_figures(found)
+    lines = [
+        "# Every architecture and type against llama.cpp's converter and quantizer",
+        "",
+        f"`python benchmarks/parity.py --types` on {machine()}; llama.cpp from llama-cpp-python {reference.VERSION}.",
+        "",
+        f"{total['tensors']:,} tensors in {total['files']} files ({len(parity_types.TARGETS)} types of {len(found)} "
+        f"models, [listed here](../../docs/parity.md)): {total['tensors_different']} differ.",
+        "",
+        "| model (hidden x FFN) | types | tensors | different |",
+        "|---|--:|--:|--:|",
+    ]
+    for name, counts in found.items():
+        tensors, different = (sum(count[at] for count in counts.values()) for at in (0, 1))
+        lines.append(f"| {name} | {len(counts)} | {tensors:,} | {different} |")
+    return "\n".join([*lines, ""])
+
+
 def figures(plain: list[Result], adapted: list[AdapterResult]) -> dict[str, float]:
     blocks = sum(result.blocks for result in adapted)
     return {
@@ -159,12 +215,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="only the cases that the tests run")
+    parser.add_argument("--types", action="store_true", help="every architecture in every type")
+    parser.add_argument("--log", type=Path, help="with --types: keep what was compared here, and go on from there")
     parser.add_argument("--work", type=Path, help="folder for temporary files (about 1 GB)")
     arguments = parser.parse_args()
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         work = Path(name)
         llama_cpp = Reference(reference.converter_source(CACHE), work / "log.txt")
+        if arguments.types:
+            found = all_types(work, llama_cpp, arguments.log)
+            llama_cpp.close()
+            print(json.dumps(types_figures(found)) if arguments.json else types_table(found))
+            return
         cases = [*tiny_families.CONVERTED, *(parity.TESTED if arguments.quick else parity.ALL)]
         plain = without_adapter(cases, work, llama_cpp)
         adapted = with_adapter(parity.ADAPTED[:1] if arguments.quick else parity.ADAPTED, work, llama_cpp)

@@ -5,7 +5,8 @@
 The rival is what a tutorial does: TRL's SFTTrainer with its defaults (batch 4, padding, gradient checkpointing) on
 the same base in NF4 with double quantization, an adapter of the same rank on the same layers, the same learning
 rate, the completions only. Both see the same examples of the demo data once, so the useful (unpadded) tokens are the
-same. Every measurement is a process of its own; the two take turns, so that other load on the machine hits both.
+same. Every measurement is a process of its own; the two take turns, so that other load on the machine hits both. Each
+round has a seed of its own (order of the examples, the adapter's first weights).
 
 speed   useful tokens per second, median over the steps after the first three; loss on one validation set afterwards.
         Useful are the tokens of the examples: padding is not, and a prompt that edgeft reads once for all examples of
@@ -38,10 +39,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--examples", type=int, default=640)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=2, metavar=("WHO", "WHAT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(WORKERS[options.worker[0]](options.worker[1], options.examples)))
+        print(json.dumps(WORKERS[options.worker[0]](options.worker[1], options.examples, options.seed)))
         return
     figures = measure(options.rounds, options.examples)
     if options.json:
@@ -51,8 +53,8 @@ def main() -> None:
 
 
 def measure(rounds: int, examples: int) -> dict[str, Any]:
-    speed = [(worker("edgeft", "speed", examples), worker("trl", "speed", examples)) for _ in range(rounds)]
-    memory = [(worker("edgeft", "memory", examples), worker("trl", "memory", examples)) for _ in range(rounds)]
+    speed = [(worker("edgeft", "speed", examples, k), worker("trl", "speed", examples, k)) for k in range(rounds)]
+    memory = [(worker("edgeft", "memory", examples, k), worker("trl", "memory", examples, k)) for k in range(rounds)]
     speed_ratios = [mine["tokens_per_s"] / theirs["tokens_per_s"] for mine, theirs in speed]
     memory_ratios = [mine["peak_bytes"] / theirs["peak_bytes"] for mine, theirs in memory]
     middle = statistics.median
@@ -64,6 +66,8 @@ def measure(rounds: int, examples: int) -> dict[str, Any]:
         "tokens_per_s_trl": round(middle(theirs["tokens_per_s"] for _, theirs in speed)),
         "validation_loss_edgeft": round(middle(mine["loss"] for mine, _ in speed), 4),
         "validation_loss_trl": round(middle(theirs["loss"] for _, theirs in speed), 4),
+        "validation_losses_edgeft": " ".join(f"{mine['loss']:.4f}" for mine, _ in speed),
+        "validation_losses_trl": " ".join(f"{theirs['loss']:.4f}" for _, theirs in speed),
         "peak_memory_ratio": round(middle(memory_ratios), 3),
         "peak_memory_ratio_min": round(min(memory_ratios), 3),
         "peak_memory_ratio_max": round(max(memory_ratios), 3),
@@ -75,8 +79,8 @@ def measure(rounds: int, examples: int) -> dict[str, Any]:
     }
 
 
-def worker(who: str, what: str, examples: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--worker", who, what, "--examples", str(examples)]
+def worker(who: str, what: str, examples: int, seed: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--worker", who, what, "--examples", str(examples), "--seed", str(seed)]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     figures: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return figures
@@ -116,7 +120,7 @@ def data(what: str, examples: int) -> tuple[Path, list[Any], list[Any]]:
     return base, splits[0], splits[1]
 
 
-def edgeft_worker(what: str, examples: int) -> dict[str, Any]:
+def edgeft_worker(what: str, examples: int, seed: int) -> dict[str, Any]:
     idle = start()
     from edgeft.models.quiet import quiet_libraries
     from edgeft.train import memory, workflow
@@ -134,6 +138,7 @@ def edgeft_worker(what: str, examples: int) -> dict[str, Any]:
         config = TrainConfig(
             str(base), "-", Path(folder), rank=RANK, learning_rate=RATE, epochs=1, scheduler="linear", warmup=0.0,
             batch_tokens=per_step, micro_tokens=0 if what == "memory" else per_step, save_every=10**6, patience=0,
+            seed=seed,
         )  # fmt: skip
         trainer = workflow.trainer_for(config, base, train)
         trainer.train()
@@ -143,7 +148,7 @@ def edgeft_worker(what: str, examples: int) -> dict[str, Any]:
     return {"tokens": tokens, "peak_bytes": peak, "loss": loss, "tokens_per_s": statistics.median(speeds[3:] or [0])}
 
 
-def trl_worker(what: str, examples: int) -> dict[str, Any]:
+def trl_worker(what: str, examples: int, seed: int) -> dict[str, Any]:
     idle = start()
     import torch
     from datasets import Dataset
@@ -165,12 +170,13 @@ def trl_worker(what: str, examples: int) -> dict[str, Any]:
         labels = [[t if k else -100 for t, k in zip(row.tokens, row.learned, strict=True)] for row in rows]
         return Dataset.from_dict({"input_ids": [row.tokens for row in rows], "labels": labels})
 
+    torch.manual_seed(seed)  # the adapter is made before TRL sets its seed
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             str(base),
             args=SFTConfig(
                 folder, per_device_train_batch_size=4, num_train_epochs=1, learning_rate=RATE, use_cpu=True,
-                report_to=[], save_strategy="no", disable_tqdm=True,
+                report_to=[], save_strategy="no", disable_tqdm=True, seed=seed,
             ),
             train_dataset=columns(train),
             quantization_config=BitsAndBytesConfig(

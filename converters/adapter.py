@@ -6,15 +6,16 @@ Key names and formulas follow PEFT (`tuners/lora/layer.py`, `variants.py`, `util
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError, UnsupportedModel
+from edgeft.models.weights import refuse_pickles
+from edgeft.paths import parse_json
 
 from .safetensors_rows import StoredTensor, check_dtype, read_header
 
@@ -90,24 +91,55 @@ def read_adapter(path: Path) -> Adapter:
 def _config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is not an adapter: it has no {CONFIG}") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} is not an adapter configuration")
+    reason = next(_wrong_settings(config), None)
+    if reason is not None:
+        raise ModelError(f"{file}: {reason}", "Copy or download the adapter again.")
     return config
+
+
+_REPEATS = re.compile(r"[*+{]")
+_MOST_REPEATS = 3
+"""Of a pattern for names; more of them, or one behind a group, can take for ever to match."""
+
+
+def _wrong_settings(config: Mapping[str, Any]) -> Iterator[str]:
+    """What cannot be the rank, the scale or a pattern of names."""
+    for name, whole in (("r", True), ("lora_alpha", False)):
+        if name in config and not _is_number(config[name], whole):
+            yield f"{name} is {config[name]!r:.40}"
+    for name, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, Mapping):
+            yield f"{name} is {patterns!r:.40}"
+            return
+        for pattern, value in patterns.items():
+            if not _is_number(value, whole):
+                yield f"{name} says {value!r:.40} for {pattern[:60]!r}"
+            if len(_REPEATS.findall(pattern)) > _MOST_REPEATS or re.search(r"\)[*+{]", pattern):
+                yield f"{name} has a pattern that repeats too much: {pattern[:60]!r}"
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"{name} has {pattern[:60]!r}, which is no pattern: {error}"
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        return False
+    return 0 < value < 1 << 20 if whole else math.isfinite(value)
 
 
 def _weights(path: Path) -> Path:
     if (path / WEIGHTS).is_file():
         return path / WEIGHTS
-    if (path / "adapter_model.bin").is_file():
-        raise UnsupportedModel(
-            f"{path / 'adapter_model.bin'} is a pickle, which can run code when it is opened",
-            "Load it with PEFT once and save it again: newer versions write safetensors.",
-        )
+    refuse_pickles(path)
     raise ModelError(f"{path} has no {WEIGHTS}")
 
 
@@ -131,7 +163,7 @@ def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
     method = config.get("peft_type")
     if method != "LORA":
         raise UnsupportedModel(
-            f"{file}: peft_type {method!r} cannot be exported", "LoRA, rank-stabilized LoRA and DoRA can."
+            f"{file}: peft_type {method!r:.40} cannot be exported", "LoRA, rank-stabilized LoRA and DoRA can."
         )
     for key, meaning in _NOT_MERGEABLE.items():
         if config.get(key):
@@ -139,7 +171,7 @@ def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_MOVES_BASE):
         raise UnsupportedModel(
-            f"{file}: init_lora_weights {start!r} also changed the base, which is not in the adapter",
+            f"{file}: init_lora_weights {start!r:.40} also changed the base, which is not in the adapter",
             "Save it with PEFT's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA.",
         )
 

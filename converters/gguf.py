@@ -82,14 +82,16 @@ class GgufConverter:
     def plan(self, source: Source, target: str, options: ConvertOptions) -> Plan:
         from .ggml import load
         from .gguf_plan import make_plan
+        from .reading import reading
 
-        if target in _ADAPTERS:
-            from . import gguf_lora
+        with reading(source):
+            if target in _ADAPTERS:
+                from . import gguf_lora
 
-            return gguf_lora.make_plan(source, target, _ADAPTERS[target][0], options, load())
-        if target not in _MIXTURES:
-            raise UsageError(f"no GGUF target {target!r}", f"There are: {', '.join(self.targets)}.")
-        return make_plan(source, target, _MIXTURES[target][0], options, load())
+                return gguf_lora.make_plan(source, target, _ADAPTERS[target][0], options, load())
+            if target not in _MIXTURES:
+                raise UsageError(f"no GGUF target {target!r}", f"There are: {', '.join(self.targets)}.")
+            return make_plan(source, target, _MIXTURES[target][0], options, load())
 
     def merged(self, source: Source) -> Merged:
         """Base and adapter as an export has them, tensor by tensor. Raises: ModelError, UnsupportedModel."""
@@ -105,7 +107,7 @@ class GgufConverter:
         from .importance import Use, write_importance
 
         uses = {
-            name: Use(layer.inputs[None], np.array([layer.tokens], np.float32), layer.gradients / found.learned)
+            name: Use(layer.inputs, layer.tokens.astype(np.float32), layer.gradients / found.learned)
             for name, layer in found.layers.items()
         }
         shares = found.embedding_rows / found.embedding_rows.sum()

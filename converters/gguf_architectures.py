@@ -91,29 +91,44 @@ def settings(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def sizes_of(config: Mapping[str, Any]) -> Sizes:
-    """Raises: ModelError when config.json lacks a size."""
-    try:
-        heads, head = int(config["num_attention_heads"]), head_size(config)
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        ffn, expert_ffn = int(config["intermediate_size"]), int(config.get("moe_intermediate_size") or 0)
-        words = {
-            "vocab": int(config["vocab_size"]),
-            "hidden": int(config["hidden_size"]),
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "head": head,
-            "q": heads * head,
-            "kv": kv_heads * head,
-            "qkv": (heads + 2 * kv_heads) * head,
-            "ffn": ffn,
-            "gate_up": 2 * ffn,
-            "experts": int(config.get("num_experts") or config.get("num_local_experts") or 0),
-            "expert_ffn": expert_ffn,
-            "expert_gate_up": 2 * expert_ffn,
-        }
-        return Sizes(int(config["num_hidden_layers"]), words)
-    except KeyError as error:
-        raise ModelError(f"config.json lacks {error.args[0]}") from error
+    """Raises: ModelError when config.json lacks a size, or has something else in its place."""
+    heads = _size(config, "num_attention_heads")
+    hidden, kv_heads = _size(config, "hidden_size"), _size(config, "num_key_value_heads", heads)
+    head = _size(config, "head_dim", hidden // heads)
+    ffn, expert_ffn = _size(config, "intermediate_size"), _size(config, "moe_intermediate_size", 0)
+    words = {
+        "vocab": _size(config, "vocab_size"),
+        "hidden": hidden,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head": head,
+        "q": heads * head,
+        "kv": kv_heads * head,
+        "qkv": (heads + 2 * kv_heads) * head,
+        "ffn": ffn,
+        "gate_up": 2 * ffn,
+        "experts": _size(config, "num_experts", _size(config, "num_local_experts", 0)),
+        "expert_ffn": expert_ffn,
+        "expert_gate_up": 2 * expert_ffn,
+    }
+    return Sizes(_size(config, "num_hidden_layers"), words)
+
+
+_LARGEST = 1 << 31
+"""Of any size; what depends on it is computed before tensors are compared with it."""
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
+    if value is None:
+        if default is None:
+            raise ModelError(f"config.json lacks {name}")
+        return default
+    if value == 0 and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
+        raise ModelError(f"config.json: {name} is {value!r:.40}", "Copy or download the model again.")
+    return value
 
 
 def check_config(config: Mapping[str, Any], family: Family) -> None:
@@ -160,6 +175,13 @@ def places(family: Family, sizes: Sizes, base: Mapping[str, StoredTensor], *, ti
         UnsupportedModel: a tensor the family does not have, or a head that llama.cpp has no place for.
     """
     _check_head(family, base, tied=tied)
+    if max(sizes.layers, sizes.words["experts"]) > 1024 + len(base):
+        # Names are made before they are looked for.
+        raise ModelError(
+            f"config.json says {sizes.layers} layers and {sizes.words['experts']} experts; "
+            f"there are {len(base)} tensors",
+            "Copy or download the model again.",
+        )
     expected = dict(_expected(family, sizes, base, tied=tied))
     for name in base:
         if name not in expected and not name.endswith(_IGNORED):

@@ -29,6 +29,7 @@ from .gguf_plan import Details
 from .gguf_writer import padded
 from .leftovers import claim, remove_leftovers
 from .merge import LoadedTensor
+from .packed_rows import PackedTensor
 from .safetensors_rows import Reader
 
 if TYPE_CHECKING:
@@ -157,6 +158,9 @@ class _Pool:
             done.set_result(item.source.view(np.uint8))
             yield Slab(item, True, 0, done)
             return
+        if isinstance(item.source, PackedTensor):
+            yield from self._copies(item, item.source)
+            return
         step, parts = slab_rows(item), item.source.parts
         rows = item.rows // len(parts)
         for at, part in enumerate(parts):
@@ -167,6 +171,14 @@ class _Pool:
                 future = self.threads.submit(self._encode, loaded, item, known, start, stop)
                 last = part is parts[-1] and stop == rows
                 yield Slab(item, last, (stop - start) * item.columns, future)
+
+    def _copies(self, item: Item, source: PackedTensor) -> Iterator[Slab]:
+        self.reader.open_file(source.stored)
+        step = slab_rows(item)
+        for start in range(0, item.rows, step):
+            stop = min(start + step, item.rows)
+            rows = self.threads.submit(source.rows, self.reader, start, stop)
+            yield Slab(item, stop == item.rows, (stop - start) * item.columns, rows)
 
     def _encode(
         self, loaded: LoadedTensor, item: Item, importance: NDArray[np.float32] | None, start: int, stop: int

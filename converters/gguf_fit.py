@@ -13,14 +13,13 @@ rows goes through ggml's quantizer and back. Bytes are then spent where a byte b
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from edgeft.errors import UsageError
 
 from .ggml import TYPES, Ggml, GgmlType
 from .safetensors_rows import Reader
@@ -35,8 +34,8 @@ if TYPE_CHECKING:
 KINDS = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
 """With fast kernels on every CPU that llama.cpp knows, and none that needs an importance matrix."""
 
-SAMPLE_WEIGHTS = 1 << 16
-"""Weights per tensor whose error is measured; the error of their mean is about a percent."""
+SAMPLE_WEIGHTS = 1 << 14
+"""Weights per tensor whose error is measured; the error of their mean is a few percent."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,19 @@ class Sensitivity:
     terms: tuple[tuple[Floats, Floats], ...]
     """(rows,) and (columns,) each. A tied embedding has two terms: as embedding and as head."""
 
-    def loss(self, errors: Floats, rows: NDArray[np.intp], total: int) -> float:
-        """Expected KL of errors in some rows, scaled to all: (sampled rows, columns)."""
+    def loss(self, errors: Floats, rows: NDArray[np.intp]) -> float:
+        """Expected KL of errors that are known of some rows, (sampled rows, columns), for all.
+
+        A ratio estimate: the rows' mean error, weighted as they matter, times how much all rows matter. Figures of rows
+        differ by orders of magnitude; errors hardly do.
+        """
         squares = np.square(errors, dtype=np.float64)
-        cost = sum(float(left[rows].astype(np.float64) @ (squares @ right)) for left, right in self.terms)
-        return 0.5 * cost * total / len(rows)
+        return 0.5 * sum(_mean(squares @ right, left[rows]) * float(left.sum()) for left, right in self.terms)
+
+
+def _mean(values: NDArray[np.float64], weights: Floats) -> float:
+    """Weighted; the plain mean when no weight counts, as of tokens that calibration never met."""
+    return float(np.average(values, weights=weights if weights.any() else None))
 
 
 @dataclass(frozen=True)
@@ -61,55 +68,80 @@ class Choice:
     bytes: int
     loss: float
     """Expected KL, nats per token."""
+    weighted: bool = False
+    """Whether the importance matrix weighs errors as the tensor is quantized."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix: a whole tensor, or one expert of a stacked one."""
+
+    source: MergedTensor
+    sensitivity: Sensitivity
+    importance: Floats | None
+    """Mean squared input of every column, (columns,)."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One tensor to choose a type for."""
+    """One tensor to choose a type for; stacked experts share theirs."""
 
     name: str
-    source: MergedTensor
-    sensitivity: Sensitivity
-    importance: Floats | None
+    parts: tuple[Part, ...]
     group: int = 1
     """Rows that must be read together."""
 
 
-def fit(requests: Sequence[Request], budget: int, ggml: Ggml, threads: int) -> dict[str, Choice]:
-    """The types with the least expected loss in `budget` bytes.
+def measure(requests: Sequence[Request], ggml: Ggml, threads: int) -> dict[str, list[Choice]]:
+    """Every type worth considering for every tensor, from small to large.
 
     Raises:
-        UsageError: even the smallest types do not fit.
         ModelError: a weight is damaged.
     """
+    found: dict[str, list[Choice]] = {}
+    under_way: deque[tuple[str, Future[list[Choice]]]] = deque()
     with Reader() as reader, ThreadPoolExecutor(threads) as pool:
-
-        def measured(request: Request) -> list[Choice]:
-            return measure(request, request.source.load(reader, ggml), ggml)
-
-        found = dict(zip((request.name for request in requests), pool.map(measured, requests), strict=True))
-    return allocate(found, budget)
-
-
-def measure(request: Request, loaded: LoadedTensor, ggml: Ggml) -> list[Choice]:
-    """Every type that fits the rows, from small to large; what costs more and loses more is left out."""
-    rows, columns = request.source.shape
-    groups = np.random.default_rng(0).permutation(rows // request.group)
-    chosen = np.sort(groups[: max(1, SAMPLE_WEIGHTS // (columns * request.group))]) * request.group
-    sample = (chosen[:, None] + np.arange(request.group)).reshape(-1)
-    weights = np.concatenate([loaded.rows(int(row), int(row) + request.group).copy() for row in chosen])
-    return _choices(request, rows, sample, weights, ggml)
+        for request in requests:
+            # Files are opened by one thread: here, not in the pool.
+            loaded = [part.source.load(reader, ggml) for part in request.parts]
+            under_way.append((request.name, pool.submit(choices_of, request, loaded, ggml)))
+            if len(under_way) > threads:
+                name, done = under_way.popleft()
+                found[name] = done.result()
+        found |= {name: done.result() for name, done in under_way}
+    return found
 
 
-def _choices(request: Request, rows: int, sample: NDArray[np.intp], weights: Floats, ggml: Ggml) -> list[Choice]:
+def choices_of(request: Request, loaded: Sequence[LoadedTensor], ggml: Ggml) -> list[Choice]:
+    """The types that fit the rows; what takes more bytes and loses more is left out."""
+    rows, columns = request.parts[0].source.shape
+    total: dict[tuple[GgmlType, bool], float] = {}
+    for part, tensor in zip(request.parts, loaded, strict=True):
+        sample = _sample(rows, columns * len(request.parts), request.group)
+        starts = sample[:: request.group]
+        weights = np.concatenate([tensor.rows(int(row), int(row) + request.group).copy() for row in starts])
+        for way, errors in _errors(weights, part.importance, ggml):
+            total[way] = total.get(way, 0.0) + part.sensitivity.loss(errors, sample)
+    stored = rows * len(request.parts)
+    found = [Choice(kind, stored * kind.row_bytes(columns), loss, way) for (kind, way), loss in total.items()]
+    return list(_frontier(found)) or [Choice(TYPES["F16"], stored * columns * 2, 0.0)]
+
+
+def _sample(rows: int, cost: int, group: int) -> NDArray[np.intp]:
+    """Some rows, in whole groups, ascending: about `SAMPLE_WEIGHTS` weights when each row costs `cost`."""
+    groups = np.random.default_rng(0).permutation(rows // group)
+    chosen = np.sort(groups[: max(1, SAMPLE_WEIGHTS // (cost * group))]) * group
+    return (chosen[:, None] + np.arange(group)).reshape(-1)
+
+
+def _errors(weights: Floats, importance: Floats | None, ggml: Ggml) -> Iterator[tuple[tuple[GgmlType, bool], Floats]]:
+    """What each type that fits does to some rows, weighted and not; either may be better."""
     columns = weights.shape[1]
-    found = []
     for kind in (TYPES[name] for name in KINDS):
         if columns % kind.block == 0:
-            stored = ggml.quantize(kind, weights, request.importance)
-            errors = ggml.dequantize(kind, stored, columns) - weights
-            found.append(Choice(kind, rows * kind.row_bytes(columns), request.sensitivity.loss(errors, sample, rows)))
-    return list(_frontier(found)) or [Choice(TYPES["F16"], rows * columns * 2, 0.0)]
+            for known in (None, importance)[: 1 if importance is None else 2]:
+                stored = ggml.quantize(kind, weights, known)
+                yield (kind, known is not None), ggml.dequantize(kind, stored, columns) - weights
 
 
 def _frontier(choices: Sequence[Choice]) -> Iterator[Choice]:
@@ -129,21 +161,18 @@ def _gain(small: Choice, large: Choice) -> float:
     return (small.loss - large.loss) / (large.bytes - small.bytes)
 
 
+def least(choices: Mapping[str, Sequence[Choice]]) -> int:
+    """Bytes of the smallest types."""
+    return sum(options[0].bytes for options in choices.values())
+
+
 def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
-    """Spend `budget` bytes: always on the step that saves most per byte.
+    """Spend `budget` bytes, at least `least(choices)`: always on the step that saves most per byte.
 
-    On convex choices this greedy order is optimal but for the last step that does not fit.
-
-    Raises:
-        UsageError: even the smallest types do not fit.
+    On convex choices this greedy order is optimal but for the last steps that do not fit.
     """
     at = dict.fromkeys(choices, 0)
-    spent = sum(options[0].bytes for options in choices.values())
-    if spent > budget:
-        raise UsageError(
-            f"{budget / 1e6:.1f} MB are too few for the weights: the smallest types take {spent / 1e6:.1f} MB",
-            "Give it more, or take a smaller model.",
-        )
+    spent = least(choices)
     steps = [(-_gain(*options[:2]), name) for name, options in choices.items() if len(options) > 1]
     heapq.heapify(steps)
     while steps:

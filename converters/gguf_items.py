@@ -16,6 +16,8 @@ from .merge import MergedTensor, Stack
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .packed_rows import PackedTensor
+
     Floats = NDArray[np.float32]
 
 
@@ -32,8 +34,8 @@ class Item:
     shape: tuple[int, ...]
     type: GgmlType
     note: str
-    source: MergedTensor | Stack | NDArray[np.float32]
-    """Weights to merge, or values that are computed (rotary factors)."""
+    source: MergedTensor | Stack | PackedTensor | NDArray[np.float32]
+    """Weights to merge, rows to copy, or values that are computed (rotary factors)."""
     row_group: int = 1
     """Rows that must be read together."""
     importance: Floats | None = None

@@ -16,6 +16,7 @@ import gguf
 import yaml  # type: ignore[import-untyped]
 
 from edgeft.errors import ModelError, UnsupportedModel
+from edgeft.models.text import read_template
 
 from .families import family_of
 from .families.family import COMMON_KEYS, Family
@@ -254,8 +255,8 @@ def _named_templates(files: TokenizerFiles) -> dict[str, str]:
     more = sorted((files.folder / "additional_chat_templates").glob("*.jinja"))
     if jinja.is_file():
         return {
-            "default": jinja.read_text(encoding="utf-8"),
-            **{file.stem: file.read_text(encoding="utf-8") for file in more},
+            "default": read_template(jinja),
+            **{file.stem: read_template(file) for file in more},
         }
     said: str | Sequence[Mapping[str, str]] | None = files.config.get("chat_template")
     if said is None:

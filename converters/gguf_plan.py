@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeft.errors import ModelError, UnsupportedModel
+from edgeft.models.text import read_template
+from edgeft.paths import parse_json
 from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 
 from . import gguf_architectures as architectures
@@ -28,6 +29,7 @@ from .gguf_vocab import read_files
 from .gguf_writer import KeyValue, data_size, head, uint32
 from .importance import importance_of, read_importance
 from .merge import MergedTensor, Stack, read_whole
+from .packed_rows import with_packed
 from .safetensors_rows import Reader, StoredTensor
 from .tying import is_nf4, separate_head
 
@@ -57,10 +59,9 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     config = architectures.settings(config, family)
     architectures.check_config(config, family)
     sizes = architectures.sizes_of(config)
-    base = safetensors_rows.index(source.base)
     adapter = read_adapter(source.adapter) if source.adapter else None
     warnings: list[str] = []
-    tensors = _tensors(base, adapter, config, family, sizes, warnings, source.nf4)
+    tensors = merged_tensors(source, adapter, config, family, sizes, warnings)
     if source.nf4:
         warnings.append("merged into the base as QLoRA trained on it, rounded to NF4 (docs/export.md)")
     known = _importance(options)
@@ -68,6 +69,9 @@ def make_plan(source: Source, target: str, mixture: str, options: ConvertOptions
     if adapter is not None:
         warnings += no_effect(adapter, ggml)
     pairs = _metadata(source, options, config, items, MIXTURES[name].file_type, warnings)
+    if source.packed is not None:
+        items = with_packed(items, source.packed)
+        warnings.append("the weights are those the run computed with, as it stored them (docs/quantization-aware.md)")
     if mixture == "fit":
         items = fit_to_size(items, len(head(pairs, [item.info for item in items])), options, ggml)
     return _plan(source, target, options, items, pairs, warnings, name, model)
@@ -102,7 +106,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory. Raises: ModelError."""
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder} is not a Hugging Face directory: it has no config.json") from None
     except (OSError, ValueError) as error:
@@ -112,18 +116,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(
-    found: dict[str, StoredTensor],
+def merged_tensors(
+    source: Source,
     adapter: Adapter | None,
     config: Mapping[str, Any],
     family: Family,
     sizes: architectures.Sizes,
     warnings: list[str],
-    nf4: bool,
 ) -> dict[str, MergedTensor | Stack]:
-    """GGUF name -> its weights."""
-    parts = _parts(found, adapter, config, family, sizes, warnings)
-    merged = _merged(parts, sizes, nf4)
+    """GGUF name -> its weights. Raises: ModelError, UnsupportedModel."""
+    parts = _parts(safetensors_rows.index(source.base), adapter, config, family, sizes, warnings)
+    merged = _merged(parts, sizes, source.nf4)
     _check_rows(adapter, merged, parts.base)
     return merged
 
@@ -322,7 +325,7 @@ def stop_ids(source: Source) -> tuple[int, ...]:
 
 def _adapters_template(adapter: Path | None) -> str | None:
     file = adapter / "chat_template.jinja" if adapter else None
-    return file.read_text(encoding="utf-8") if file and file.is_file() else None
+    return read_template(file) if file and file.is_file() else None
 
 
 def _plan(

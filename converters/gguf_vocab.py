@@ -7,7 +7,6 @@ TinyLlama, Mistral). Neither needs transformers or the sentencepiece package.
 from __future__ import annotations
 
 import enum
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError, UnsupportedModel
+from edgeft.paths import parse_json
 
 from . import sentencepiece_model
 
@@ -67,7 +67,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}", "Fetch the model again.") from error
     if not isinstance(content, dict):

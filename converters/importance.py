@@ -42,7 +42,7 @@ class Use:
     counts: Floats
     """Tokens, (experts,)."""
     gradients: Floats | None = None
-    """Mean squared gradient of each output per predicted token, (rows,)."""
+    """Squared gradients of each output per predicted token, (experts, rows)."""
 
     def mean(self) -> Floats:
         """Mean square, (experts, columns); 1 for an expert that no token met, as llama-quantize has it."""
@@ -66,8 +66,8 @@ def read_importance(file: Path) -> dict[str, Floats]:
         sums, counts = tensors[name + _SUMS], tensors.get(name + _COUNTS)
         if counts is None or len(counts.reshape(-1)) != len(sums := sums.reshape(-1, sums.shape[-1])):
             raise ModelError(f"{file}: {name} has no counts that fit")
-        if not (np.isfinite(sums).all() and (sums >= 0).all()):
-            raise ModelError(f"{file}: {name} has values that are negative or not finite")
+        _check_values(file, name, sums)
+        _check_values(file, name, counts)
         found[name] = Use(sums, counts.reshape(-1)).mean()
     return found
 
@@ -111,8 +111,18 @@ def write_importance(
             stream.write(bytes(padded(values.nbytes) - values.nbytes))
 
 
-def read_sensitivities(file: Path) -> dict[str, list[tuple[Floats, Floats]]]:
-    """GGUF name of a weight -> (rows,) and (columns,) whose product is the cost of a squared error, in nats per token.
+@dataclass(frozen=True)
+class Cost:
+    """What a squared error costs, in nats per token: the product of its row's and its column's figure."""
+
+    rows: Floats
+    """(experts, rows)."""
+    columns: Floats
+    """(experts, columns)."""
+
+
+def read_sensitivities(file: Path) -> dict[str, Cost]:
+    """GGUF name of a weight -> what errors in it cost.
 
     The embedding's are those of reading it; as a head it has others, under the head's name.
 
@@ -121,24 +131,35 @@ def read_sensitivities(file: Path) -> dict[str, list[tuple[Floats, Floats]]]:
     """
     tensors, found = _tensors(file), {}
     for name, columns in read_importance(file).items():
-        if name + _GRADIENTS in tensors:
-            found[name] = [(tensors[name + _GRADIENTS], columns[0])]
-    if not found or EMBEDDING + _ROWS not in tensors:
+        if (gradients := tensors.get(name + _GRADIENTS)) is not None:
+            if gradients.size == 0 or gradients.size % len(columns):
+                raise ModelError(f"{file}: {name} has gradients that do not fit")
+            found[name] = Cost(gradients.reshape(len(columns), -1), columns)
+    if not found or not {EMBEDDING + _ROWS, EMBEDDING + _GRADIENTS} <= tensors.keys():
         raise ModelError(
             f"{file} says how weights are used, not what errors in them cost", "Make it with edgeft imatrix."
         )
-    found[EMBEDDING] = [(tensors[EMBEDDING + _ROWS], tensors[EMBEDDING + _GRADIENTS])]
+    for name, values in tensors.items():
+        _check_values(file, name, values)
+    found[EMBEDDING] = Cost(tensors[EMBEDDING + _ROWS][None], tensors[EMBEDDING + _GRADIENTS][None])
     return found
 
 
+def _check_values(file: Path, name: str, values: Floats) -> None:
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise ModelError(f"{file}: {name} has values that are negative or not finite")
+
+
 def _tensors(file: Path) -> dict[str, Floats]:
-    header = read_header(file)
-    raw = np.fromfile(file, np.uint8, offset=header.data_offset)
-    return {
-        tensor.name: raw[tensor.offset : tensor.offset + tensor.bytes].view(np.float32).reshape(tensor.shape[::-1])
-        for tensor in header.tensors
-        if tensor.type == "F32"
-    }
+    """Those of an importance matrix; a model that was given by mistake is not read."""
+    header, found = read_header(file), {}
+    with file.open("rb") as stream:
+        for tensor in header.tensors:
+            if tensor.type == "F32" and tensor.name.endswith((_SUMS, _COUNTS, _GRADIENTS, _ROWS)):
+                stream.seek(header.data_offset + tensor.offset)
+                values = np.frombuffer(stream.read(tensor.bytes), np.float32)
+                found[tensor.name] = values.reshape(tensor.shape[::-1])
+    return found
 
 
 def importance_of(known: Mapping[str, Floats], tensor: Shape) -> Floats | None:

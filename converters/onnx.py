@@ -34,10 +34,12 @@ class OnnxConverter:
 
     def plan(self, source: Source, target: str, options: ConvertOptions) -> Plan:
         from .onnx_plan import make_plan
+        from .reading import reading
 
         if target not in _TARGETS:
             raise UsageError(f"no ONNX target {target!r}", f"There are: {', '.join(_TARGETS)}.")
-        return make_plan(source, target, options)
+        with reading(source):
+            return make_plan(source, target, options)
 
     def convert(self, plan: Plan, progress: Progress) -> Artifact:
         from .ggml import load

@@ -15,8 +15,8 @@ from .onnx_weights import Weights, merged_weights
 
 TARGETS: Mapping[str, Settings] = {
     "onnx-q4": Settings(bits=4, head_bits=8, embedding_bits=8),
-    "onnx-int8": Settings(bits=8, head_bits=8, embedding_bits=8, method="rtn"),
-    "onnx-fp32": Settings(bits=32, head_bits=32, embedding_bits=32, method="rtn"),
+    "onnx-int8": Settings(bits=8, head_bits=8, embedding_bits=8),
+    "onnx-fp32": Settings(bits=32, head_bits=32, embedding_bits=32),
 }
 
 _BLOCKS = (16, 32, 64, 128, 256)

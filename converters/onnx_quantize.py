@@ -45,7 +45,7 @@ class Settings:
     """Weights of a row that share a scale."""
     symmetric: bool = False
     """Without a zero point per block."""
-    method: Method = "k_quant"
+    method: Method = "rtn"
     accuracy_level: int = 4
     """0 to 4; 4 rounds activations to 8 bits, which is what the fast kernels of CPUs compute with."""
 

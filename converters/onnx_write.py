@@ -16,7 +16,7 @@ from edgeft import __version__
 from edgeft.artifact import Artifact, Manifest, digest_of, manifest_path, size_of, write_manifest
 from edgeft.errors import WriteError, require
 from edgeft.models.text import own_template
-from edgeft.paths import sha256_file, sync_directory
+from edgeft.paths import parse_json, sha256_file, sync_directory
 from edgeft.plugins import Plan, Source
 from edgeft.progress import Progress
 
@@ -114,7 +114,7 @@ def write_text_side(source: Source, details: Details, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write_json(folder / "config.json", dict(details.weights.config))
     generation = source.base / "generation_config.json"
-    kept = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    kept = parse_json(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
     _write_json(folder / "generation_config.json", {**kept, "eos_token_id": list(stop_ids(source))})
 
 

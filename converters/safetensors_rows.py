@@ -6,7 +6,7 @@ process's memory, and a file that shrinks under a map ends the process with SIGB
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edgeft.errors import ModelError, UnsupportedModel
+from edgeft.models.weights import refuse_pickles
+from edgeft.paths import parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +29,7 @@ ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
 
 _MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Tensors of one file by name; the file is long enough for all of them.
+    """Tensors of one file by name; the file is long enough for all of them, and no two share bytes.
 
     Raises:
         ModelError: not a safetensors file, or cut short (names the first tensor that is not whole).
@@ -62,38 +65,62 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size - 8, _MAX_HEADER):
                 raise ModelError(f"{file} is cut short inside its header", _FETCH)
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header: dict[str, Any] = dict(parse_json(stream.read(length), pairs=_unique))
         header.pop("__metadata__", None)
         tensors = [_stored(file, 8 + length, name, entry) for name, entry in header.items()]
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(f"{file} is not a safetensors file: {error}", _FETCH) from error
-    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
-        if tensor.offset + tensor.bytes > size:
-            raise ModelError(
-                f"{file} is cut short: tensor {tensor.name} ends at byte {tensor.offset + tensor.bytes:,}, "
-                f"the file at {size:,}",
-                _FETCH,
-            )
+    _check_places(file, tensors, size)
     return {tensor.name: tensor for tensor in tensors}
 
 
 _FETCH = "Copy or download the file again."
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:100]!r} is there twice")
+    return found
+
+
+def _check_places(file: Path, tensors: Sequence[StoredTensor], size: int) -> None:
+    end, before = 0, ""
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.bytes)):
+        if tensor.offset + tensor.bytes > size:
+            raise ModelError(
+                f"{file} is cut short: tensor {tensor.name} ends at byte {tensor.offset + tensor.bytes:,}, "
+                f"the file at {size:,}",
+                _FETCH,
+            )
+        if tensor.offset < end:
+            raise ModelError(f"{file} is damaged: tensor {tensor.name} begins inside tensor {before}", _FETCH)
+        end, before = tensor.offset + tensor.bytes, tensor.name
+
+
 def _stored(file: Path, base: int, name: str, entry: Mapping[str, Any]) -> StoredTensor:
-    start, end = entry["data_offsets"]
-    shape = tuple(int(length) for length in entry["shape"])
-    tensor = StoredTensor(name, file, entry["dtype"], shape, base + start, end - start)
+    start, end = (_whole(name, value) for value in entry["data_offsets"])
+    shape = tuple(_whole(name, length) for length in entry["shape"])
+    dtype = entry["dtype"]
+    if len(shape) > _MAX_DIMENSIONS or end < start or not isinstance(dtype, str):
+        raise ValueError(f"the entry of tensor {name[:100]} makes no sense")
+    tensor = StoredTensor(name, file, dtype[:20], shape, base + start, end - start)
     item = ITEM_BYTES.get(tensor.dtype)
     if item is not None:
-        expected = item
-        for length in shape:
-            expected *= length
-        if expected != tensor.bytes or start < 0:
+        expected = item * math.prod(shape)
+        if expected != tensor.bytes:
             raise ValueError(f"tensor {name} of shape {shape} has {tensor.bytes} bytes, not {expected}")
     return tensor
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise ValueError(f"the entry of tensor {name[:100]} has {value!r:.40} where a whole number belongs")
+    return value
 
 
 def index(folder: Path) -> dict[str, StoredTensor]:
@@ -106,8 +133,8 @@ def index(folder: Path) -> dict[str, StoredTensor]:
     if not names.is_file():
         return _merged(sorted(folder.glob("model*.safetensors")), folder)
     try:
-        weight_map: dict[str, str] = json.loads(names.read_text(encoding="utf-8"))["weight_map"]
-        files = [folder / part for part in sorted(set(weight_map.values()))]
+        weight_map: dict[str, str] = parse_json(names.read_text(encoding="utf-8"))["weight_map"]
+        files = [folder / _part(part) for part in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{names} cannot be read: {error}", _FETCH) from error
     for file in files:
@@ -120,12 +147,23 @@ def index(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _part(name: str) -> str:
+    """Raises: ValueError when it is no file's name in the same folder."""
+    if Path(name).name != name:
+        raise ValueError(f"{name[:100]!r} is not the name of a file beside it")
+    return name
+
+
 def _merged(files: Sequence[Path], folder: Path) -> dict[str, StoredTensor]:
     if not files:
+        refuse_pickles(folder)
         raise ModelError(f"{folder} has no model.safetensors", "edgeft reads weights from safetensors only.")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        tensors.update(read_header(file))
+        found = read_header(file)
+        if twice := next(iter(found.keys() & tensors.keys()), None):
+            raise ModelError(f"{file} and {tensors[twice].file.name} both have tensor {twice}", _FETCH)
+        tensors.update(found)
     return tensors
 
 
@@ -152,6 +190,10 @@ class Reader:
             ModelError: the file cannot be opened.
         """
         check_dtype(tensor)
+        self.open_file(tensor)
+
+    def open_file(self, tensor: StoredTensor) -> None:
+        """The same for a tensor of any type. Raises: ModelError."""
         if tensor.file in self._handles:
             return
         try:

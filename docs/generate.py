@@ -1,4 +1,4 @@
-"""Write cli.md from the commands and gguf-models.md from the tests, or check that they are up to date.
+"""Write cli.md from the commands, gguf-models.md and parity.md from the tests, or check that they are up to date.
 
 python docs/generate.py [--check]
 """
@@ -14,6 +14,7 @@ import click
 from edgeft.cli.main import cli
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import parity_types
 import tiny_families
 from edgeft.converters.families import FAMILIES
 from edgeft.converters.families.family import Family
@@ -21,6 +22,7 @@ from reference import FILE_TYPES
 
 PAGE = Path(__file__).parent / "cli.md"
 MODELS = Path(__file__).parent / "gguf-models.md"
+PARITY = Path(__file__).parent / "parity.md"
 HEAD = "# Command reference\n\nMade from the commands' own help by `make docs`; do not edit.\n"
 
 
@@ -68,13 +70,56 @@ with llama.cpp's converter and quantizer (`tests/test_export_parity.py`) and wit
 TOKENIZERS = {"bytes": "byte-level BPE", "pieces": "SentencePiece"}
 
 
+def parity() -> Iterator[str]:
+    """Type × architecture, with the kinds of tokenizers; bold: compared in every run."""
+    covered, families = parity_types.covered(), list(tiny_families.CLASSES)
+    tested = {(pair.case.family, pair.target) for pair in parity_types.TESTED}
+    yield PARITY_HEAD.format(
+        pairs=len(covered),
+        files=len(parity_types.MATRIX),
+        tested=len(parity_types.TESTED),
+        wide=f"{parity_types.WIDE.hidden}",
+        narrow=f"{parity_types.NARROW.hidden} and {parity_types.NARROW.ffn}",
+    )
+    yield f"| type | {' | '.join(families)} |\n|---|{'---|' * len(families)}\n"
+    for target in parity_types.TARGETS:
+        cells = []
+        for family in families:
+            letters = " ".join(LETTERS[kind] for kind in sorted(covered[family, target]))
+            cells.append(f"**{letters}**" if (family, target) in tested else letters)
+        yield f"| `{target.removeprefix('gguf-')}` | {' | '.join(cells)} |\n"
+
+
+LETTERS = {"bytes": "B", "pieces": "S"}
+PARITY_HEAD = """# Exports that are compared with llama.cpp's
+
+Made from `tests/parity_types.py` by `make docs`; do not edit.
+
+{pairs} pairs of a type and an architecture, {files} files: a tiny random model of every architecture, with each kind of
+tokenizer that its models have (B: byte-level BPE, S: SentencePiece with byte fallback), once with rows of {wide}
+weights, which fill the blocks of every type, and once with rows of {narrow}, which fill none of 256. Each is
+converted by llama.cpp's converter and quantized by llama.cpp's quantizer, with an importance matrix where the type
+needs one; every tensor of edgeft's file has the same name, shape, type and bytes, in the same order. `bf16` and `f32`
+are compared with the converter's own file.
+
+`make parity` compares them all. Bold: among the {tested} files that `make test-reference` compares in every run.
+Metadata, published tokenizers, variants of architectures and adapters are compared as well, in Q4_0, Q8_0 and Q4_K_M:
+[models](gguf-models.md), [metadata](gguf-metadata.md).
+
+"""
+
+
 def main() -> int:
-    pages = {PAGE: HEAD + "".join(commands(cli, ("edgeft",), None)), MODELS: "".join(models())}
+    pages = {
+        PAGE: HEAD + "".join(commands(cli, ("edgeft",), None)),
+        MODELS: "".join(models()),
+        PARITY: "".join(parity()),
+    }
     if "--check" not in sys.argv:
         for file, text in pages.items():
             file.write_text(text, encoding="utf-8")
         return 0
-    stale = [file for file, text in pages.items() if file.read_text(encoding="utf-8") != text]
+    stale = [file for file, text in pages.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
     for file in stale:
         print(f"{file} is out of date: run `make docs`", file=sys.stderr)
     return 1 if stale else 0

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError
-from edgeft.paths import sha256_file, write_json
+from edgeft.paths import parse_json, sha256_file, write_json
 
 SCHEMA = 1
 
@@ -43,6 +42,8 @@ class Manifest:
     licence: str | None = None
     ledger: Mapping[str, float] = field(default_factory=dict)
     """Stage -> mean negative log-likelihood (nats per completion token) on one held-out set."""
+    verification: Mapping[str, Any] = field(default_factory=dict)
+    """What `edgeft verify` measured last: data, runtime, and every step with its intervals."""
     notes: tuple[str, ...] = ()
     """What the reader should know: fallbacks that shapes forced, rounding, tied tensors."""
     edgeft_version: str = ""
@@ -93,7 +94,7 @@ def read_manifest(path: Path) -> Manifest | None:
     if not source.is_file():
         return None
     try:
-        raw = json.loads(source.read_text(encoding="utf-8"))
+        raw = parse_json(source.read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA:
             raise ModelError(f"{source} has schema {raw['schema']}; this edgeft reads schema {SCHEMA}")
         raw["stop_token_ids"] = tuple(raw["stop_token_ids"])
@@ -114,8 +115,16 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path, read_manifest(path))
 
 
-def update_ledger(path: Path, entries: Mapping[str, float]) -> None:
-    """Add measured stages to an artifact's ledger."""
+def update_ledger(path: Path, entries: Mapping[str, float], verification: Mapping[str, Any] | None = None) -> bool:
+    """Add measured stages to an artifact's ledger, and what they were measured on and how sure they are.
+
+    Returns:
+        Whether there is a manifest to write them into.
+    """
     manifest = read_manifest(path)
-    if manifest is not None:
-        write_manifest(path, dataclasses.replace(manifest, ledger={**manifest.ledger, **entries}))
+    if manifest is None:
+        return False
+    known = manifest.verification if verification is None else verification
+    changed = dataclasses.replace(manifest, ledger={**manifest.ledger, **entries}, verification=known)
+    write_manifest(path, changed)
+    return True

@@ -124,65 +124,24 @@ class ChatTemplate:
         """Text of the conversation as the model expects it.
 
         Raises:
-            ModelError: when the template refuses the messages or cannot be parsed.
+            ModelError: when the template refuses the messages, cannot be parsed, reaches for what is none of its
+                business, or computes far more than the conversation needs.
         """
         jinja2 = require("jinja2", "device")
+        from edgeft.template_budget import TooCostly
+        from edgeft.template_sandbox import render
+
+        values = {
+            "messages": list(messages),
+            "tools": list(tools) if tools else None,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            **self.extra,
+        }
         try:
-            template = _environment().from_string(self.source)
-            return str(
-                template.render(
-                    messages=list(messages),
-                    tools=list(tools) if tools else None,
-                    add_generation_prompt=add_generation_prompt,
-                    bos_token=self.bos_token,
-                    eos_token=self.eos_token,
-                    **self.extra,
-                )
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ModelError(f"the chat template cannot render this conversation: {error}") from error
-
-
-_cached_environment: Any = None
-
-
-def _environment() -> Any:
-    """Same switches as transformers' `_compile_jinja_template`, so both render the same text."""
-    global _cached_environment
-    if _cached_environment is None:
-        import json
-        from datetime import datetime
-
-        jinja2 = require("jinja2", "device")
-        sandbox = require("jinja2.sandbox", "device")
-
-        def raise_exception(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-        environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_extension()]
-        )
-        environment.filters["tojson"] = tojson
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        _cached_environment = environment
-    return _cached_environment
-
-
-def _generation_extension() -> type:
-    """`{% generation %}…{% endgeneration %}` marks assistant text for training; here it is transparent."""
-    ext = require("jinja2.ext", "device")
-    nodes = require("jinja2.nodes", "device")
-
-    class Generation(ext.Extension):  # type: ignore[misc, name-defined]
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    return Generation
+            return render(self.source, values)
+        except Exception as error:  # a template is a stranger's program: it may raise anything
+            expected = isinstance(error, (jinja2.TemplateError, TooCostly, TypeError))
+            said = str(error)[:500] if expected else f"{type(error).__name__}: {str(error)[:500]}"
+            raise ModelError(f"the chat template cannot render this conversation: {said}") from error

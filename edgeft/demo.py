@@ -65,7 +65,7 @@ def stages(folder: Path) -> list[Stage]:
             "Merge and quantize into one 4-bit file",
             ("export", run, "--to", "gguf-q4", "--out", file, "--no-verify"),
         ),
-        Stage("verify", "Prove that the file is the trained model", ("verify", run, file)),
+        Stage("verify", "Prove that the file is the trained model", ("verify", run, file, "--quick")),
         Stage(
             "after",
             "Ask the file, offline, in llama.cpp",

@@ -15,6 +15,7 @@ from edgeft.chat import Cancel, Sampling, Usage
 from edgeft.data.encode import encode_all
 from edgeft.data.example import Example
 from edgeft.errors import DataError
+from edgeft.paths import parse_json
 from edgeft.plugins import Session
 from edgeft.progress import Progress, Silent
 from edgeft.verify.divergence import file_nll
@@ -102,11 +103,11 @@ def _reference(example: Example) -> str:
 def json_match(expected: str, answer: str) -> bool | None:
     """Whether two texts are the same JSON value; None when the expected one is not JSON."""
     try:
-        wanted = json.loads(expected)
+        wanted = parse_json(expected)
     except ValueError:
         return None
     try:
-        return _canonical(json.loads(answer)) == _canonical(wanted)
+        return _canonical(parse_json(answer)) == _canonical(wanted)
     except ValueError:
         return False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,17 +10,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeft import config, plugins
-from edgeft.artifact import Artifact, manifest_path, write_manifest
+from edgeft.artifact import Artifact, Manifest, manifest_path, write_manifest
 from edgeft.data.example import Encoded
 from edgeft.errors import ModelError, UsageError
 from edgeft.models import ResolvedModel, resolve, weights_digest
 from edgeft.models.gguf_import import text_side
-from edgeft.paths import sha256_file
+from edgeft.paths import parse_json, sha256_file
 from edgeft.plugins import Converter, ConvertOptions, Plan, Source, Target
 from edgeft.progress import Progress, Silent
 from edgeft.run import Run, RunManifest
 
 Rounding = Literal["none", "bf16", "f16"]
+
+MergeBase = Literal["w16", "nf4-roundtrip"]
+"""What an adapter is merged into: the base's own weights, or those rounded to NF4 and back, as QLoRA trains on them."""
 
 ADAPTER_TARGET = "gguf-lora"
 
@@ -46,6 +48,8 @@ class Export:
     origin: Origin
     plan: Plan
     converter: Converter
+    merge_base: MergeBase | None = None
+    """As asked for."""
 
 
 def prepare(
@@ -56,6 +60,7 @@ def prepare(
     out: Path | None = None,
     rounding: Rounding = "none",
     threads: int | None = None,
+    merge_base: MergeBase | None = None,
     extra: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Export:
@@ -63,6 +68,7 @@ def prepare(
 
     Args:
         model: a run, an adapter directory, or any model reference (a GGUF is first imported).
+        merge_base: None: what the adapter was trained on, nf4-roundtrip for a run of QLoRA.
         extra: what only some converters know; see their `ConvertOptions.extra`.
         target: None: `default_target`.
         out: the file or folder to write; by default `<name>-<target's short name>` in the current folder.
@@ -78,15 +84,52 @@ def prepare(
     converter = converter_for(target)
     if origin.source.gguf is not None and not target.startswith(ADAPTER_TARGET):
         origin = merged(origin, progress or Silent())
+    origin = for_target(with_merge_base(origin, merge_base), target)
     out = out or Path(default_name(origin.name, target))
     _check_out(out, converter.targets[target])
     options = ConvertOptions(out, rounding, threads, extra or {})
-    return Export(origin, converter.plan(origin.source, target, options), converter)
+    return Export(origin, converter.plan(origin.source, target, options), converter, merge_base)
 
 
 def default_target(origin: Origin) -> str:
     """A run on a GGUF ships its adapter alone, beside that file; everything else becomes what the settings say."""
+    if origin.run is not None and (trained_for := origin.run.manifest().target):
+        return trained_for
     return ADAPTER_TARGET if origin.source.gguf else str(config.load()["export.target"].value)
+
+
+def with_merge_base(origin: Origin, base: MergeBase | None) -> Origin:
+    """Raises: UsageError when the run's training leaves no choice."""
+    if base is None:
+        return origin
+    method = origin.run.manifest().method if origin.run else None
+    if origin.source.adapter is None or origin.source.packed or origin.source.gguf or method in ("lora", "full"):
+        raise UsageError(
+            f"--merge-base {base} is for adapters that were trained on an NF4 base; {origin.name} was not",
+            "Leave it out: what the run was trained on is what it is merged into.",
+        )
+    return dataclasses.replace(origin, source=dataclasses.replace(origin.source, nf4=base == "nf4-roundtrip"))
+
+
+def for_target(origin: Origin, target: str) -> Origin:
+    """What a run trained for one target is for another: base and adapter, if it has an adapter.
+
+    Raises:
+        UsageError: the run trained the scales of its own target.
+    """
+    if origin.source.packed is None or origin.run is None or target == (trained := origin.run.manifest().target):
+        return origin
+    if origin.source.adapter is None:
+        raise UsageError(f"{origin.run.path} trained the scales of {trained}", f"--to {trained}")
+    return dataclasses.replace(origin, source=dataclasses.replace(origin.source, packed=None))
+
+
+def as_exported(origin: Origin, manifest: Manifest | None) -> Origin:
+    """The origin of an existing file: what it was merged into, and whether it has a run's packed weights."""
+    if manifest is None:
+        return origin
+    base: MergeBase | None = manifest.base.get("merged_into")
+    return for_target(with_merge_base(origin, base) if base else origin, manifest.target)
 
 
 def merged(origin: Origin, progress: Progress) -> Origin:
@@ -131,10 +174,16 @@ def export(prepared: Export, progress: Progress) -> Artifact:
     _check_unchanged(origin)
     artifact = prepared.converter.convert(prepared.plan, progress)
     assert artifact.manifest is not None
+    merged_into = {"merged_into": prepared.merge_base} if prepared.merge_base else {}
     manifest = dataclasses.replace(
         artifact.manifest,
         # Without a run there is nothing to compare with, and hashing would read the whole base a second time.
-        base={**artifact.manifest.base, "reference": origin.source.reference, "digest": origin.base_digest},
+        base={
+            **artifact.manifest.base,
+            "reference": origin.source.reference,
+            "digest": origin.base_digest,
+            **merged_into,
+        },
         run=str(origin.run.path) if origin.run else None,
         system=origin.run.manifest().data.get("system") if origin.run else None,
         licence=origin.licence,
@@ -230,9 +279,10 @@ def _from_run(found: ResolvedModel, progress: Progress) -> Origin:
     if not base.is_dir():
         # The store may have been moved or emptied since; the reference still says what it was.
         base = resolve(str(manifest.base["reference"]), want="hf", progress=progress).path
-    full = run.adapter is None
+    full = run.adapter is None and manifest.target is None
     nf4 = manifest.method == "qlora"
-    source = Source(base, run.adapter, str(manifest.base["reference"]), manifest.chat_template, nf4)
+    packed = run.packed if manifest.target else None
+    source = Source(base, run.adapter, str(manifest.base["reference"]), manifest.chat_template, nf4, packed)
     digest = None if full else manifest.base.get("digest")
     return Origin(source, run.path.absolute().name, run, digest, manifest.licence)
 
@@ -260,7 +310,7 @@ def _from_adapter(found: ResolvedModel, progress: Progress) -> Origin:
 
 def _read_json(file: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     return content if isinstance(content, dict) else {}

@@ -16,6 +16,7 @@ import numpy as np
 
 from edgeft.data.example import Encoded
 from edgeft.errors import UnsupportedModel, require
+from edgeft.expert_importance import is_experts, watched
 from edgeft.plugins import Source
 from edgeft.progress import Progress, Silent
 
@@ -32,13 +33,14 @@ _KEEP_BYTES = 2 << 30
 
 @dataclass
 class Statistics:
-    """Sums over the tokens one linear layer met."""
+    """Sums over the tokens that one linear layer met, or each of its experts; a plain layer counts as one expert."""
 
     inputs: Any
-    """Squared inputs, (columns,)."""
+    """Squared inputs, (experts, columns)."""
     gradients: Any
-    """Squared gradients of the outputs, (rows,)."""
-    tokens: int = 0
+    """Squared gradients of the outputs, (experts, rows)."""
+    tokens: Any
+    """(experts,)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _empty_model(source: Source) -> Any:
     dtype = torch.bfloat16 if cpu_bfloat16()[0] else torch.float32
     config = transformers.AutoConfig.from_pretrained(source.base)
     with accelerate.init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False)
     model.train()  # only then transformers recomputes layers
     model.gradient_checkpointing_enable({"use_reentrant": True})
@@ -127,6 +129,7 @@ class _Collector:
         torch = require("torch", "train")
         self._model, self._weights = model, weights
         self._names = weights.gguf_names
+        self._stacked = weights.stacked
         self._embedding = model.get_input_embeddings()
         self.vocabulary, width = (int(size) for size in weights.shapes["model.embed_tokens.weight"])
         self._rows = torch.zeros(self.vocabulary, dtype=torch.float64)
@@ -145,18 +148,17 @@ class _Collector:
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
         torch = require("torch", "train")
-        handles = []
+        handles = contextlib.ExitStack()
         for name, layer in self._layer_names.items():
             # Not by hooks: the second call, for the backward pass, goes past them.
             layer._gradient_checkpointing_func = functools.partial(self._checkpoint, name, layer)
         for name, module in self._model.named_modules():
             if isinstance(module, torch.nn.Linear):
-                handles.append(module.register_forward_hook(self._listen(f"{name}.weight")))
-        try:
+                handles.callback(module.register_forward_hook(self._listen(f"{name}.weight")).remove)
+            elif is_experts(module):
+                handles.enter_context(watched(module, functools.partial(self._seen, name)))
+        with handles:
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _checkpoint(self, name: str, layer: Any, forward: Callable[..., Any], *args: Any) -> Any:
         def call(*inner: Any) -> Any:
@@ -177,6 +179,9 @@ class _Collector:
                 if parameter is None or not parameter.is_meta:
                     continue
                 full = ".".join(filter(None, (name, path, key)))
+                if full in self._stacked:
+                    part._parameters[key] = self._experts(full, parameter)
+                    continue
                 if full not in self._names and module is self._model.get_output_embeddings():
                     part._parameters[key] = self._embedding.weight
                     continue
@@ -185,22 +190,46 @@ class _Collector:
                 values = torch.from_numpy(self._weights.read(full)).to(parameter.dtype)
                 part._parameters[key] = torch.nn.Parameter(values, requires_grad=False)
 
-    def _listen(self, name: str) -> Callable[[Any, Any, Any], None]:
+    def _experts(self, name: str, parameter: Any) -> Any:
+        """All experts of a layer, of which one at a time is there in float32."""
         torch = require("torch", "train")
+        values = torch.empty(parameter.shape, dtype=parameter.dtype)
+        for at, expert in enumerate(self._weights.experts(name)):
+            values[at] = torch.from_numpy(expert)
+        return torch.nn.Parameter(values, requires_grad=False)
 
+    def _listen(self, name: str) -> Callable[[Any, Any, Any], None]:
         def hook(module: Any, args: Any, output: Any) -> None:
-            if not output.requires_grad:
-                return
-            known = self._layers.get(name)
-            if known is None:
-                zeros = [torch.zeros(size, dtype=torch.float64) for size in (args[0].shape[-1], output.shape[-1])]
-                known = self._layers[name] = Statistics(*zeros)
-            mask = self._mask
-            known.inputs += _squares(args[0].detach()[mask])
-            known.tokens += int(mask.sum())
-            output.register_hook(functools.partial(_add_squares, known, mask))
+            if output.requires_grad:
+                known = self._known(name, 1, args[0].shape[-1], output.shape[-1])
+                self._count(known, 0, self._mask, args[0], output)
 
         return hook
+
+    def _seen(self, module: str, parameter: str, expert: int, tokens: Any, inputs: Any, outputs: Any) -> None:
+        """A product with one expert; it is called without gradients too, in the first of two passes."""
+        if outputs.requires_grad:
+            name = f"{module}.{parameter}"
+            known = self._known(name, self._experts_of(name), inputs.shape[-1], outputs.shape[-1])
+            self._count(known, expert, self._mask.reshape(-1)[tokens], inputs, outputs)
+
+    def _experts_of(self, name: str) -> int:
+        return int(self._model.get_parameter(name).shape[0])
+
+    def _known(self, name: str, experts: int, columns: int, rows: int) -> Statistics:
+        torch = require("torch", "train")
+        if name not in self._layers:
+            self._layers[name] = Statistics(
+                torch.zeros(experts, columns, dtype=torch.float64),
+                torch.zeros(experts, rows, dtype=torch.float64),
+                torch.zeros(experts, dtype=torch.int64),
+            )
+        return self._layers[name]
+
+    def _count(self, known: Statistics, expert: int, mask: Any, inputs: Any, outputs: Any) -> None:
+        known.inputs[expert] += _squares(inputs.detach()[mask])
+        known.tokens[expert] += int(mask.sum())
+        outputs.register_hook(functools.partial(_add_squares, known.gradients[expert], mask))
 
     def add(self, batch: Sequence[Encoded], generator: Any) -> None:
         torch = require("torch", "train")
@@ -215,9 +244,11 @@ class _Collector:
         self._mask = mask
         embedded = self._embedding(tokens).detach().requires_grad_()
         output = self._model(inputs_embeds=embedded, attention_mask=mask.long(), use_cache=False)
-        scores = torch.log_softmax(output.logits[learned].float(), -1)
-        drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
-        scores.gather(1, drawn).sum().backward()
+        logits = output.logits[learned]
+        likely = torch.softmax(logits.detach().float(), -1)
+        drawn = torch.multinomial(likely, 1, generator=generator)
+        # The gradient of the drawn token's log-probability, written down: a large vocabulary is passed over less often.
+        logits.backward(likely.neg_().scatter_add_(1, drawn, torch.ones_like(likely[:, :1])).to(logits.dtype))
         self._rows.index_add_(0, tokens[mask], torch.ones(int(mask.sum()), dtype=torch.float64))
         self._columns += _squares(embedded.grad[mask])
         self._learned += int(learned.sum())
@@ -225,15 +256,15 @@ class _Collector:
     def result(self, texts: int) -> Importance:
         layers = {}
         for name, found in self._layers.items():
-            cut = self._names.get(name, ("output.weight",))
-            parts = found.gradients.float().numpy().reshape(len(cut), -1)
-            for gguf, gradients in zip(cut, parts, strict=True):
-                layers[gguf] = Statistics(found.inputs.float().numpy(), gradients, found.tokens)
+            cut = self._stacked.get(name) or self._names.get(name, ("output.weight",))
+            parts = found.gradients.float().numpy().reshape(len(found.tokens), len(cut), -1)
+            for at, gguf in enumerate(cut):
+                layers[gguf] = Statistics(found.inputs.float().numpy(), parts[:, at], found.tokens.numpy())
         return Importance(layers, self._rows.float().numpy(), self._columns.float().numpy(), self._learned, texts)
 
 
-def _add_squares(known: Statistics, mask: Any, gradient: Any) -> None:
-    known.gradients += _squares(gradient[mask])
+def _add_squares(total: Any, mask: Any, gradient: Any) -> None:
+    total += _squares(gradient[mask])
 
 
 def _squares(values: Any) -> Any:

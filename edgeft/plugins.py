@@ -78,6 +78,8 @@ class Source:
     """The template used in training, when it differs from the base's own."""
     nf4: bool = False
     """Merge into the base as QLoRA trained on it: the layers' linear weights rounded to NF4 and back."""
+    packed: Path | None = None
+    """Weights as the file is to store them, of a run that was trained for it (`edgeft.models.packed`)."""
     gguf: Path | None = None
     """The GGUF that the adapter was trained on and stays beside; `base` then has its text side only, no weights."""
 

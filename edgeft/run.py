@@ -6,19 +6,19 @@ runs/<name>/
   events.jsonl     started, resumed, checkpoint, evaluation, finished, failed
   checkpoints/     what a resume needs
   adapter/         the result in PEFT's layout (or model/ after full fine-tuning)
+  packed/          after training for a target: its weights as that file stores them
   manifest.json    written last: base, data, template, seed, versions, evaluation
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError
-from edgeft.paths import write_json
+from edgeft.paths import parse_json, write_json
 
 SCHEMA = 1
 
@@ -39,6 +39,8 @@ class RunManifest:
     evaluation: Mapping[str, float] = field(default_factory=dict)
     """`nll_training_graph`: nats per completion token on the held-out split; `tokens`: how many were scored."""
     licence: str | None = None
+    target: str | None = None
+    """The export target that the run was trained for, if any."""
     schema: int = SCHEMA
 
 
@@ -59,6 +61,11 @@ class Run:
         return full if full.is_dir() else Path(self.manifest().base["path"])
 
     @property
+    def packed(self) -> Path:
+        """The weights of a run that was trained for a target, as that file stores them (`edgeft.models.packed`)."""
+        return self.path / "packed"
+
+    @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -76,7 +83,7 @@ class Run:
         if not file.is_file():
             raise ModelError(f"the run {self.path} is not finished", f"edgeft train --resume {self.path}")
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            raw = parse_json(file.read_text(encoding="utf-8"))
             if raw["schema"] != SCHEMA:
                 raise ModelError(f"{file} has schema {raw['schema']}; this edgeft reads schema {SCHEMA}")
             return RunManifest(**raw)
@@ -93,7 +100,7 @@ class Run:
         with self.metrics_file.open(encoding="utf-8") as lines:
             for line in lines:
                 try:
-                    yield json.loads(line)
+                    yield parse_json(line)
                 except ValueError:
                     continue
 

@@ -21,7 +21,7 @@ from edgeft.artifact import Artifact, Manifest, manifest_path, write_manifest
 from edgeft.errors import MissingDependency, ModelError, UsageError, WriteError
 from edgeft.export import Origin
 from edgeft.models.gguf_header import read_header
-from edgeft.paths import sha256_file
+from edgeft.paths import parse_json, sha256_file
 from edgeft.progress import Progress
 
 _UNQUANTIZED = ("F32", "F16", "BF16")
@@ -71,6 +71,10 @@ def plan(origin: Origin, target: str, out: Path, checkout: Path | None) -> Passe
         UsageError: a target that is no GGUF.
         MissingDependency: no checkout, or one without the converter or the built quantizer.
     """
+    if origin.source.packed is not None:
+        raise UsageError(
+            f"{origin.name} was trained for {target}: three passes would round it anew", "Leave out --engine."
+        )
     kind, _, name = target.partition("-")
     if kind != "gguf":
         raise UsageError(f"--engine llama.cpp makes GGUF files, not {target}", "Use --to gguf-q4_k_m, for instance.")
@@ -148,7 +152,7 @@ def _set_template(folder: Path, template: str) -> None:
     file = folder / "tokenizer_config.json"
     if file.is_file():
         # llama.cpp's converter prefers the field, which may be older.
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
         config.pop("chat_template", None)
         file.write_text(json.dumps(config), encoding="utf-8")
 

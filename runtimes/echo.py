@@ -16,7 +16,6 @@ probability, 1/262: log-probabilities are made up, but they sum to one and agree
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from edgeft.artifact import Artifact
 from edgeft.chat import Cancel, Delta, FinishReason, Message, Sampling, TokenIds, Usage
 from edgeft.errors import ModelError, UsageError
+from edgeft.paths import parse_json
 from edgeft.plugins import AdapterScale, LoadOptions, Session, Support
 
 from .text_stream import TextStream
@@ -65,7 +65,7 @@ def read_script(path: Path) -> Script:
     if not path.is_file():
         return Script()
     try:
-        return Script(**json.loads(path.read_text(encoding="utf-8")))
+        return Script(**parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is not a script for the echo runtime: {error}") from error
 

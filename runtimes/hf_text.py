@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from edgeft.chat import ChatTemplate, TokenIds
 from edgeft.errors import ModelError, UsageError, require
 from edgeft.models.text import load_text_side
+from edgeft.paths import parse_json
 
 
 class HfText:
@@ -71,7 +71,7 @@ class HfText:
 
 
 def _is_byte_level(file: Path) -> bool:
-    decoder = json.loads(file.read_text(encoding="utf-8")).get("decoder")
+    decoder = parse_json(file.read_text(encoding="utf-8")).get("decoder")
     return any(part.get("type") == "ByteLevel" for part in _decoders(decoder))
 
 

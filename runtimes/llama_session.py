@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgeft.chat import Cancel, ChatTemplate, Delta, FinishReason, Message, Sampling, TokenIds, Usage
 from edgeft.errors import ModelError, UsageError
 from edgeft.models.adapter_file import check_base
+from edgeft.models.gguf_check import check_loadable
 from edgeft.plugins import AdapterScale, LoadOptions
 
 from .amx import crashes_on_amx
@@ -47,6 +48,7 @@ class LlamaSession:
         self._cached: TokenIds = []
         self._turn = 0
         self._flag = ctypes.create_string_buffer(2)
+        check_loadable(path)
         self._model = _load_model(library, path, options)
         self._vocab = library.llama_model_get_vocab(self._model)
         self._composes = _metadata(library, self._model, "tokenizer.ggml.pre") in _COMPOSING

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgeft.artifact import Artifact
 from edgeft.chat import Cancel, Delta, FinishReason, Message, Sampling, TokenIds, Usage
 from edgeft.errors import ModelError, UsageError, require
+from edgeft.paths import parse_json
 from edgeft.plugins import AdapterScale, LoadOptions, Session, Support
 
 from .hf_text import HfText
@@ -96,7 +96,7 @@ def read_shape(folder: Path, options: LoadOptions) -> Shape:
     """Raises: ModelError when genai_config.json or the graph is missing or damaged."""
     file = folder / CONFIG
     try:
-        model = json.loads(file.read_text(encoding="utf-8"))["model"]
+        model = parse_json(file.read_text(encoding="utf-8"))["model"]
         decoder = model["decoder"]
         longest = int(model["context_length"])
         shape = Shape(

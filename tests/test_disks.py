@@ -76,16 +76,44 @@ sys.exit(main(["export", {str(base)!r}, "--to", {target!r}, "--no-verify", "--ou
     assert list(disk.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["train", "export"])
+@pytest.mark.parametrize("verb", ["train", "export", "onnx", "lora", "prepare", "split", "imatrix"])
 def test_a_read_only_disk_is_named(
     verb: str, disk: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     remount(disk, "ro")
     data = tmp_path / "data.jsonl"
-    data.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
-    train = ["train", "--model", str(base), "--data", str(data), "--out", str(disk / "run")]
-    export = ["export", str(base), "--no-verify", "--out", str(disk / "x.gguf")]
-    assert main(train if verb == "train" else export) == 1
+    data.write_text("".join(f'{{"prompt": "{n}+1?", "completion": "{n + 1}"}}\n' for n in range(40)))
+    assert main(command(verb, disk, base, data)) == 1
     said = capsys.readouterr().err
     assert f"cannot write {disk}" in said
     assert "read-only" in said.lower()
+
+
+@pytest.mark.parametrize("verb", ["onnx", "lora", "prepare", "imatrix"])
+def test_a_full_disk_is_named(
+    verb: str, disk: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"prompt": "{n}+1?", "completion": "{n + 1}"}}\n' for n in range(2000)))
+    (disk / "full").write_bytes(bytes(60 << 10))
+    assert main(command(verb, disk, base, data)) == 1
+    said = capsys.readouterr().err
+    assert str(disk) in said
+    assert "no space left" in said or "MB free" in said
+    assert [file.name for file in disk.iterdir()] == ["full"]
+
+
+def command(verb: str, disk: Path, base: Path, data: Path) -> list[str]:
+    """Writes onto the disk."""
+    adapter = data.parent / "adapter"
+    if verb == "lora":
+        tiny.write_adapter(base, adapter)
+    return {
+        "train": ["train", "--model", str(base), "--data", str(data), "--out", str(disk / "run")],
+        "export": ["export", str(base), "--no-verify", "--out", str(disk / "x.gguf")],
+        "onnx": ["export", str(base), "--no-verify", "--to", "onnx-q4", "--out", str(disk / "x-onnx")],
+        "lora": ["export", str(base), "--adapter", str(adapter), "--to", "gguf-lora", "--out", str(disk / "x.gguf")],
+        "prepare": ["data", "prepare", str(data), "--out", str(disk / "data")],
+        "split": ["data", "split", str(data), "--out", str(disk / "data")],
+        "imatrix": ["imatrix", str(base), "--data", str(data), "--out", str(disk / "i.gguf")],
+    }[verb]

@@ -51,9 +51,14 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(kills: int, base: Pa
 
 
 def test_ctrl_c_stops_at_once_and_leaves_nothing(base: Path, tmp_path: Path) -> None:
-    process = start(base, tmp_path / "x.gguf")
-    while process.poll() is None and not list(tmp_path.glob(".x.gguf.*.tmp")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    for _ in range(5):
+        process = start(base, tmp_path / "x.gguf")
+        while process.poll() is None and not list(tmp_path.glob(".x.gguf.*.tmp")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        if process.wait(timeout=30) != 0:
+            break
+        (tmp_path / "x.gguf").unlink()  # a busy machine let it finish before the signal: once more
+        (tmp_path / "x.gguf.json").unlink()
+    assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []

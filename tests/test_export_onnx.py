@@ -194,14 +194,14 @@ def test_zeros_stay_finite(method: Any) -> None:
     ("settings", "limit"),
     [
         ((), 0.3),
-        (("method=rtn",), 0.3),
+        (("method=k_quant",), 0.3),
         (("method=rtn", "symmetric=yes"), 0.4),
         (("method=hqq",), 0.3),
         (("block=16",), 0.25),
         (("head-bits=4",), 0.4),
         (("head-bits=32", "embedding-bits=32"), 0.3),
     ],
-    ids=["default", "rtn", "symmetric", "hqq", "block 16", "head 4", "head float"],
+    ids=["default", "k_quant", "symmetric", "hqq", "block 16", "head 4", "head float"],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_four_bits_are_near(
@@ -297,7 +297,7 @@ def test_an_older_model_is_replaced_and_a_strangers_folder_is_not(tmp_path: Path
     [
         ("onnx-q4", "blok=32", "no setting 'blok'"),
         ("onnx-q4", "block=33", "block cannot be '33'"),
-        ("onnx-q4", "symmetric=yes", "k_quant has zero points"),
+        ("onnx-q4", "method=k_quant symmetric=yes", "k_quant has zero points"),
         ("onnx-int8", "method=hqq", "hqq rounds to 4 bits only"),
         ("onnx-fp32", "block=32", "would change nothing"),
         ("onnx-q4", "block", "write NAME=VALUE"),
@@ -307,7 +307,8 @@ def test_settings_that_make_no_sense_are_refused(
     target: str, setting: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny.write_model(tmp_path / "base")
-    assert export(base, "--to", target, "--set", setting, out=tmp_path / "x") == 2
+    flags = [part for one in setting.split() for part in ("--set", one)]
+    assert export(base, "--to", target, *flags, out=tmp_path / "x") == 2
     assert said in capsys.readouterr().err
 
 

@@ -3,7 +3,6 @@ without one."""
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from edgeft.converters.ggml import TYPES, load
 from edgeft.converters.gguf import converter
 from edgeft.converters.gguf_mixtures import BEST, MIXTURES, NEEDS_IMPORTANCE
 from gguf import GGUFReader
+from parity_types import quantize
 
 from edgeft.errors import ModelError, UsageError
 from edgeft.plugins import ConvertOptions, Source
@@ -62,30 +62,6 @@ def export(model: Path, target: str, **extra: Any) -> Path:
     options = ConvertOptions(out, extra=extra)
     converter.convert(converter.plan(Source(model), target, options), Silent())
     return out
-
-
-def quantize(bf16: Path, out: Path, target: str, known: Path | None, overrides: dict[str, str] | None = None) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="the reference quantizer: pip install llama-cpp-python")
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    mixture = target.removeprefix("gguf-").upper()
-    parameters.ftype = MIXTURES[mixture].file_type
-    parameters.allow_requantize = True
-    keep: list[Any] = []
-    if known is not None:
-        means = importance.read_importance(known)
-        entries = (llama_cpp.llama_model_imatrix_data * (len(means) + 1))()
-        for entry, (name, mean) in zip(entries, means.items(), strict=False):
-            flat = np.ascontiguousarray(mean.reshape(-1))
-            keep.append(flat)
-            entry.name, entry.size = name.encode(), flat.size
-            entry.data = flat.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        parameters.imatrix = entries
-    if overrides:
-        patterns = (llama_cpp.llama_model_tensor_override * (len(overrides) + 1))()
-        for entry, (pattern, kind) in zip(patterns, overrides.items(), strict=False):
-            entry.pattern, entry.type = pattern.encode(), getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
-        parameters.tt_overrides = patterns
-    assert llama_cpp.llama_model_quantize(str(bf16).encode(), str(out).encode(), ctypes.byref(parameters)) == 0
 
 
 def different(ours: Path, theirs: Path) -> list[str]:

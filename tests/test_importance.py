@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,25 @@ import tiny
 import torch
 from edgeft.converters.ggml import TYPES
 from edgeft.converters.gguf import converter
-from edgeft.converters.gguf_fit import Choice, allocate
+from edgeft.converters.gguf_fit import Choice, Sensitivity, allocate, least
 from edgeft.converters.importance import read_importance, read_sensitivities
 
 from edgeft import importance
 from edgeft.cli.main import main
 from edgeft.data.example import Encoded
-from edgeft.errors import UsageError
+from edgeft.errors import CheckFailed
+from edgeft.fit import parse_size, plan_for
 from edgeft.plugins import Source
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model, text, and an importance matrix from it."""
+
+    model: list[str]
+    data: Path
+    matrix: Path
+
 
 TEXTS = [Encoded([256, *range(10, 10 + size), 257], [False] * 3 + [True] * (size - 1)) for size in (5, 9, 30)]
 
@@ -57,8 +70,8 @@ def test_inputs_and_gradients_are_the_merged_models(source: Source, monkeypatch:
         model(torch.tensor([one.tokens]))
     expected = torch.cat(inputs).square().sum(0)
     statistics = found.layers["blk.1.ffn_down.weight"]
-    np.testing.assert_allclose(statistics.inputs, expected.numpy(), rtol=1e-4)
-    assert statistics.tokens == sum(len(one.tokens) for one in TEXTS)
+    np.testing.assert_allclose(statistics.inputs[0], expected.numpy(), rtol=1e-4)
+    assert statistics.tokens[0] == sum(len(one.tokens) for one in TEXTS)
     assert found.learned == sum(sum(one.learned[1:]) for one in TEXTS)
     assert (statistics.gradients > 0).all()
     assert found.embedding_rows[256] == 3
@@ -76,7 +89,7 @@ def test_the_expected_loss_is_what_noise_costs(source: Source, monkeypatch: pyte
     """Small random errors in one weight: the formula against the KL they really cause."""
     found = measured(source, monkeypatch)
     statistics = found.layers["blk.0.ffn_down.weight"]
-    rows, columns = statistics.gradients / found.learned, statistics.inputs / statistics.tokens
+    rows, columns = statistics.gradients[0] / found.learned, statistics.inputs[0] / statistics.tokens[0]
     model = merged_model(source)
     weight = model.model.layers[0].mlp.down_proj
     weight = getattr(weight, "base_layer", weight).weight
@@ -105,6 +118,23 @@ def divergence(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.T
     return (left.exp() * (left - right)).sum(-1).mean()
 
 
+def test_some_rows_tell_what_all_lose() -> None:
+    """Also where few rows matter, and where none of those that were looked at does."""
+    generator = np.random.default_rng(0)
+    rows = np.exp(3 * generator.standard_normal(4096)).astype(np.float32)
+    columns = generator.random(64, np.float32)
+    errors = generator.standard_normal((4096, 64)).astype(np.float32)
+    every = 0.5 * float(rows @ np.square(errors) @ columns)
+    sample = np.sort(generator.permutation(4096)[:64])
+    one = Sensitivity(((rows, columns),))
+    assert one.loss(errors[sample], sample) == pytest.approx(every, rel=0.2)
+    assert one.loss(errors, np.arange(4096)) == pytest.approx(every, rel=1e-4)
+    rare = np.zeros(4096, np.float32)
+    rare[np.setdiff1d(np.arange(4096), sample)[:5]] = 1
+    unseen = Sensitivity(((rare, columns),))
+    assert unseen.loss(errors[sample], sample) == pytest.approx(0.5 * 5 * float(columns.sum()), rel=0.2)
+
+
 def test_bytes_go_where_they_save_most() -> None:
     """Against all combinations: at most one step worse."""
     generator = np.random.default_rng(0)
@@ -116,7 +146,7 @@ def test_bytes_go_where_they_save_most() -> None:
         ]
         for at, losses in enumerate(generator.random((5, 1)) * np.array([9.0, 3.0, 1.0]))
     }
-    for budget in range(90, 131, 4):
+    for budget in range(least(choices), 131, 4):
         chosen = allocate(choices, budget)
         assert sum(choice.bytes for choice in chosen.values()) <= budget
         best = min(
@@ -125,18 +155,24 @@ def test_bytes_go_where_they_save_most() -> None:
             if sum(choice.bytes for choice in combination) <= budget
         )
         assert sum(choice.loss for choice in chosen.values()) == pytest.approx(best)
-    with pytest.raises(UsageError, match="too few"):
-        allocate(choices, 89)
+    assert least(choices) == 90
 
 
-def test_a_file_of_a_given_size(source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def made(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    monkeypatch.chdir(tmp_path)
     data = tmp_path / "data"
     data.mkdir()
     turns = [{"role": "user", "content": "lights on"}, {"role": "assistant", "content": "done"}]
     (data / "train.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(3)))
     model = [str(source.base), "--adapter", str(source.adapter)]
-    matrix, out = tmp_path / "x.imatrix.gguf", tmp_path / "x.gguf"
-    assert main(["imatrix", *model, "--data", str(data), "--out", str(matrix)]) == 0
+    matrix = tmp_path / "x.imatrix.gguf"
+    assert main(["imatrix", *model, "--data", str(data), "--out", str(matrix), "--no-gain"]) == 0
+    return Made(model, data, matrix)
+
+
+def test_a_file_of_a_given_size(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, matrix, out = made.model, made.matrix, tmp_path / "x.gguf"
     assert read_importance(matrix).keys() >= {"blk.0.attn_q.weight", "blk.1.ffn_up.weight"}
     assert "token_embd.weight" in read_sensitivities(matrix)
     sizes = []
@@ -148,6 +184,65 @@ def test_a_file_of_a_given_size(source: Source, tmp_path: Path, capsys: pytest.C
         assert result["bits_per_weight"] <= bits
         sizes.append(result["bits_per_weight"])
     assert sizes[1] > sizes[0] + 1
-    assert main(["export", *model, "--fit", "10KB", "--imatrix", str(matrix), "--out", str(out)]) == 2
     assert main(["export", *model, "--to", "gguf", "--out", str(out)]) == 2
     assert "--fit 90MB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [["--fit", "10KB"], ["--bpw", "1.5"]])
+def test_a_size_that_cannot_be_says_which_can(asked: list[str], made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 5, and the size it names works."""
+    assert main(["export", *made.model, "--imatrix", str(made.matrix), *asked, "--dry-run"]) == 5
+    said = capsys.readouterr().err
+    least = re.search(r"(--fit|--bpw) ([0-9.]+(?:MB)?) is the least", said)
+    assert least is not None
+    assert main(["export", *made.model, "--imatrix", str(made.matrix), least[1], least[2], "--dry-run"]) == 0
+
+
+def test_a_plan_for_a_size_reads_but_writes_nothing(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even the importance matrix that it made for itself."""
+    before = sorted(Path.cwd().iterdir())
+    data = ["--data", str(made.data), "--calibrate"]
+    assert main(["export", *made.model, *data, "--fit", "1MiB", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["bytes"] <= 2**20 and len(plan["bytes_by_type"]) > 1
+    assert sorted(Path.cwd().iterdir()) == before
+
+
+def test_programs_ask_for_a_plan_by_bytes(made: Made) -> None:
+    base, _, adapter = made.model
+    sizes = [plan_for(base, size, adapter=Path(adapter), imatrix=made.matrix).plan.bytes for size in (500_000, 700_000)]
+    assert sizes[0] <= 500_000 < sizes[1] <= 700_000
+    with pytest.raises(CheckFailed, match="the smallest types make"):
+        plan_for(base, 100_000, adapter=Path(adapter), imatrix=made.matrix)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("90MB", 90_000_000), ("90MiB", 94_371_840), ("1.5g", 1_500_000_000), ("2 KiB", 2048), ("12345", 12345)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["90", "many", "90XB", "-5MB", "1.2.3MB", "0MB"])
+def test_what_is_no_size(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bare small number is a slip: bytes have no unit, but no model has 90."""
+    assert main(["export", "smollm2-135m", "--fit", text, "--dry-run"]) == 2
+    assert "90MB" in capsys.readouterr().err
+
+
+def test_what_a_matrix_is_worth_is_measured(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """On examples that were held back; without any, the matrix is written and the reason told."""
+    again = ["imatrix", *made.model, "--data", str(made.data), "--out", str(made.matrix), "--json"]
+    assert main(again) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["gain"] == [] and "not measured" in output.err
+    turns = [{"role": "user", "content": "lights off"}, {"role": "assistant", "content": "done, they are off"}]
+    (made.data / "test.jsonl").write_text(json.dumps({"messages": turns}) + "\n" * 2)
+    assert main(again) == 0
+    plain, weighted, chosen = json.loads(capsys.readouterr().out)["gain"]
+    assert plain["saved"] is None and 0 <= plain["kl"] < 1
+    assert weighted["bytes"] == plain["bytes"] and chosen["bytes"] <= plain["bytes"]
+    for one in (weighted, chosen):
+        low, high = one["saved"]
+        assert low - 1e-6 <= plain["kl"] - one["kl"] <= high + 1e-6

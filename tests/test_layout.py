@@ -72,7 +72,7 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["chat", "run", "train", "export", "verify", "eval", "data", "models", "doctor", "demo"]
+    "verb", ["chat", "run", "train", "export", "verify", "diff", "eval", "data", "models", "doctor", "demo"]
 )
 def test_help_of_a_verb_imports_no_numeric_library(verb: str) -> None:
     loaded = modules_after(f"from edgeft.cli.main import main; main([{verb!r}, '--help'])")

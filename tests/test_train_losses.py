@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_families
 import torch
 
 from edgeft.data.example import Encoded
+from edgeft.errors import UnsupportedModel
 from edgeft.train import attention, batch, cross_entropy, fused
 from edgeft.train.evaluation import evaluate
 
@@ -31,7 +33,9 @@ def load(folder: Path, implementation: str = attention.NAME) -> Any:
     from transformers import AutoModelForCausalLM
 
     attention.register()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation)
+    attention.install(model)
+    return model
 
 
 def plain_nll(model: Any, example: Encoded) -> torch.Tensor:
@@ -49,6 +53,22 @@ def test_packed_documents_see_only_themselves(kind: str, tmp_path: Path) -> None
     documents = examples([17, 40, 3, 39, 300, 16])
     expected = sum(plain_nll(apart, example) for example in documents)
     assert batch.batch_nll(packed, batch.collate(documents)).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", tiny_families.COMPUTED, ids=lambda case: case.label)
+def test_every_family_attends_as_transformers_does(case: tiny_families.FamilyCase, tmp_path: Path) -> None:
+    folder = tiny_families.build(tmp_path, case, spread=0.2)
+    apart, packed = load(folder, "eager"), load(folder)
+    # All of them longer than 64 tokens, where longrope changes its factors: one set applies to a whole row.
+    documents = examples([70, 90, 300], vocabulary=64)
+    expected = sum(plain_nll(apart, example) for example in documents)
+    assert batch.batch_nll(packed, batch.collate(documents)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_model_that_would_mix_documents_is_refused(tmp_path: Path) -> None:
+    model = load(tiny.write_model(tmp_path), "sdpa")
+    with pytest.raises(UnsupportedModel, match="does not keep documents apart"):
+        batch.batch_nll(model, batch.collate(examples([20, 20])))
 
 
 def test_hidden_states_of_packed_documents_equal_those_of_separate_ones(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from edgeft.models.gguf_header import read_header
 from edgeft.plugins import LoadOptions, Session, Source
 from edgeft.run import Run, RunManifest
 from edgeft.sessions import open_session
+from edgeft.verify.build_steps import Parts
 from edgeft.verify.check import check_adapter, encode_for, verify_file
 from edgeft.verify.divergence import ROWS, Divergence, chunks, scored_rows
 from edgeft.verify.quick import quick_check
@@ -109,7 +110,7 @@ def opened() -> Iterator[Callable[[Path], Session]]:
 def verified(parts: Path, opened: Callable[[Path], Session]) -> Callable[..., Report]:
     def run(file: Path, base: str = "base", adapter: str | None = "adapter", **options: Any) -> Report:
         source = Source(parts / base, parts / adapter if adapter else None, chat_template=options.pop("template", None))
-        return verify_file(source, file, opened(file), EXAMPLES, **options)
+        return verify_file(Parts(source, file, opened(file)), EXAMPLES, **options)
 
     return run
 

@@ -200,15 +200,14 @@ def _prepared_dict(prepared: Prepared, out: Path, manifest: dict[str, Any] | Non
 
 def _reader(model: str, context: int | None) -> Reader:
     """Tokenizer, template and context window of a model that is on this machine."""
-    import json
 
     from edgeft.data.check import Reader
     from edgeft.models.references import resolve
-    from edgeft.models.text import load_text_side
+    from edgeft.models.text import load_text_side, read_object
 
     folder = resolve(model, want="hf", progress=ConsoleProgress()).path
     text = load_text_side(folder)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = read_object(folder / "config.json")
     window = context or settings.get("max_position_embeddings")
     if not window:
         raise UsageError(f"{folder}/config.json names no context window", "Give one with --context.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,12 @@ def _list_targets(context: click.Context, parameter: click.Parameter, asked: boo
     help="Round merged weights first, as merging to a 16-bit checkpoint would.",
 )
 @click.option(
+    "--merge-base",
+    type=click.Choice(["w16", "nf4-roundtrip"]),
+    help="What an adapter trained on NF4 is merged into: the base's own weights, or those rounded to NF4 and back. "
+    "Default: nf4-roundtrip for a run of QLoRA, which loses least (docs/quantization-aware.md).",
+)
+@click.option(
     "--tokenizer-pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where edgeft asks for it."
 )
 @click.option(
@@ -86,7 +92,7 @@ def _list_targets(context: click.Context, parameter: click.Parameter, asked: boo
     help="Make the importance matrix first, from the run's training data or --data.",
 )
 @click.option("--data", help="Data set to calibrate on, where MODEL is not a run.")
-@click.option("--fit", metavar="SIZE", help="Choose types so that the file has at most this size: 90MB, 1.2GB.")
+@click.option("--fit", metavar="SIZE", help="Choose types so that the file has at most this size: 90MB, 85.8MiB.")
 @click.option("--bpw", type=click.FloatRange(min=1), help="Choose types for so many bits per weight: 4.5.")
 @click.option("--force", is_flag=True, help="Store ordinary weights in a ternary type all the same.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the target; docs/onnx.md.")
@@ -121,6 +127,7 @@ def export(
     out: Path | None,
     no_verify: bool,
     rounding: Any,
+    merge_base: Any,
     tokenizer_pre: str | None,
     overrides: tuple[str, ...],
     imatrix: Path | None,
@@ -142,39 +149,42 @@ def export(
     No torch, no 16-bit copy on disk. Beside the file goes a manifest with what it really contains.
     """
     from edgeft import export as workflow
+    from edgeft.fit import parse_size
 
     if fit or bpw:
         target = target or "gguf"
     progress = ConsoleProgress()
     if engine == "llama.cpp":
-        origin = workflow.find(model, adapter, progress)
+        origin = workflow.with_merge_base(workflow.find(model, adapter, progress), merge_base)
         target = target or workflow.default_target(origin)
+        origin = workflow.for_target(origin, target)
         out = out or Path(workflow.default_name(origin.name, target))
         _three_passes(origin, target, out, checkout, no_verify=no_verify, as_json=as_json, dry_run=dry_run)
         return
-    if calibrate or (imatrix is None and (fit or bpw)):
-        origin = workflow.find(model, adapter, progress)
-        imatrix = workflow.calibrate(origin, data, Path(f"{origin.name}.imatrix.gguf"), progress=progress)
-        note(f"note: wrote {imatrix}; --imatrix {imatrix} uses it again")
     extra = {
         "tokenizer_pre": tokenizer_pre,
         "types": _overrides(overrides),
         "imatrix": imatrix,
-        "bytes": _size(fit),
+        "bytes": parse_size(fit) if fit else None,
         "bits_per_weight": bpw,
         "force": force,
         "settings": dict(_setting(text) for text in settings),
     }
-    prepared = workflow.prepare(
-        model,
-        target,
-        adapter=adapter,
-        out=out,
-        rounding=rounding,
-        threads=threads,
-        extra=extra,
-        progress=progress,
-    )
+    with contextlib.ExitStack() as stack:
+        if calibrate or (imatrix is None and (fit or bpw)):
+            origin = workflow.find(model, adapter, progress)
+            extra["imatrix"] = stack.enter_context(_importance(origin, data, progress, dry_run))
+        prepared = workflow.prepare(
+            model,
+            target,
+            adapter=adapter,
+            out=out,
+            rounding=rounding,
+            threads=threads,
+            merge_base=merge_base,
+            extra=extra,
+            progress=progress,
+        )
     if target is None and prepared.origin.source.gguf:
         note(f"note: trained on {prepared.origin.source.gguf.name} itself: writing the adapter alone (gguf-lora)")
     for warning in prepared.plan.warnings:
@@ -190,6 +200,21 @@ def export(
     _fail_on(findings, artifact)
 
 
+@contextlib.contextmanager
+def _importance(origin: Origin, data: str | None, progress: ConsoleProgress, dry_run: bool) -> Iterator[Path]:
+    """The importance matrix, kept for the next export, or for a dry run only as long as that lasts."""
+    from edgeft.export import calibrate
+    from edgeft.fit import measured
+
+    if dry_run:
+        with measured(origin, data, progress) as file:
+            yield file
+        return
+    file = calibrate(origin, data, Path(f"{origin.name}.imatrix.gguf"), progress=progress)
+    note(f"note: wrote {file}; --imatrix {file} uses it again")
+    yield file
+
+
 def _setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
@@ -203,16 +228,6 @@ def _overrides(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
         if not expression:
             raise click.BadParameter(f"{text!r} is not REGEX=TYPE", param_hint="--type-override")
     return tuple((expression, kind) for expression, _, kind in pairs)
-
-
-def _size(text: str | None) -> int | None:
-    """ "90MB" -> bytes."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"([0-9.]+)\s*([KMG]?)I?B?", text.strip().upper())
-    if found is None:
-        raise click.BadParameter(f"{text!r} is not a size", param_hint="--fit")
-    return int(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]])
 
 
 def _three_passes(

@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("edgeft.cli.export:export", "Merge and quantize into one deployable file, in one pass."),
     "imatrix": ("edgeft.cli.imatrix:imatrix", "Measure how much each weight matters on your own text."),
     "verify": ("edgeft.cli.verify:verify", "Prove that a file answers as the trained model does."),
+    "diff": ("edgeft.cli.diff:diff", "What sets two artifacts apart: metadata, types, tensors, answers."),
     "eval": ("edgeft.cli.evaluate:evaluate", "Exact match, loss and speed of a model on held-out data."),
     "package": ("edgeft.cli.package:package", "Pack a model with all it needs to run on a device, offline."),
     "install": ("edgeft.cli.install:install", "Install a bundle on this machine; roll back, uninstall."),

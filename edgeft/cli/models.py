@@ -116,7 +116,9 @@ def show(reference: str, as_json: bool) -> None:
 
 def _readable(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {count:,}" for name, count in value.items())
+        return ", ".join(f"{name} {_readable(inner)}" for name, inner in value.items())
+    if isinstance(value, float):
+        return f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from edgeft.cli._generate import (
 )
 from edgeft.cli._output import json_option, print_json
 from edgeft.errors import ExitCode, UsageError
+from edgeft.paths import parse_json
 
 if TYPE_CHECKING:
     from edgeft.chat import TokenIds
@@ -135,7 +135,7 @@ def _read_prompt(prompt: str | None) -> str:
 
 def _read_schema(file: Path) -> Mapping[str, Any]:
     try:
-        schema = json.loads(file.read_text(encoding="utf-8"))
+        schema = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the JSON schema {file}: {error.strerror}") from error
     except ValueError as error:

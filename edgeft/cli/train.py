@@ -23,6 +23,7 @@ Examples:
   edgeft train --model ./Qwen3-0.6B --data chats.jsonl --rank 32 --epochs 2
   edgeft train --model smollm2-135m --data smart-home --dry-run
   edgeft train --model base-q4.gguf --data smart-home     an adapter for that very file
+  edgeft train --model smollm2-135m --data smart-home --for gguf-q4_0     what is trained is what ships
   edgeft train --resume runs/smart-home-1
 """
 
@@ -36,6 +37,21 @@ Examples:
     "--method",
     type=click.Choice(["qlora", "lora", "full", "gguf"]),
     help="What is trained. Default: qlora; gguf for a .gguf file.",
+)
+@click.option(
+    "--for",
+    "target",
+    metavar="TARGET",
+    help="Train through the rounding of this export target, such as gguf-q4_0; docs/quantization-aware.md.",
+)
+@click.option("--quantize-after", type=float, help="With --for: share of the steps before rounding begins. Default: 0.")
+@click.option(
+    "--tune",
+    type=click.Choice(["adapter", "scales"]),
+    help="With --for: an adapter, or the scales of the rounded base's blocks. Default: adapter.",
+)
+@click.option(
+    "--teacher", type=float, help="With --for: share of the loss that keeps to the unrounded model. Default: 0."
 )
 @click.option("--rank", type=click.IntRange(1), help="Rank of the adapter. Default: 16.")
 @click.option("--alpha", type=float, help="Scale of the adapter is alpha / rank. Default: twice the rank.")
@@ -118,7 +134,7 @@ def _configured(model: str | None, data: str | None, out: Path | None, flags: di
         raise UsageError("edgeft train needs --model and --data", "Or --resume RUN to continue an interrupted run.")
     chosen = {name: value for name, value in flags.items() if value is not None}
     values = settings.load()
-    chosen.setdefault("method", _method(model, values["train.method"]))
+    chosen.setdefault("method", _method(model, values["train.method"], chosen.get("target")))
     for name in ("rank", "learning_rate"):
         chosen.setdefault(name, values[f"train.{name.replace('_', '-')}"].value)
     if "target_modules" in chosen:
@@ -126,9 +142,13 @@ def _configured(model: str | None, data: str | None, out: Path | None, flags: di
     return TrainConfig(model=_absolute(model), data=_absolute(data), out=out or _free_folder(data), **chosen)
 
 
-def _method(model: str, setting: Value) -> str:
+def _method(model: str, setting: Value, target: str | None) -> str:
     """Who names a GGUF file wants that file to ship: it is trained on as it is, unless somebody said otherwise."""
     path = Path(model).expanduser()
+    if target is not None and setting.origin == "default":
+        from edgeft.train.grids import default_method
+
+        return default_method(target)
     if setting.origin == "default" and path.suffix == ".gguf" and path.is_file():
         note(f"note: training on {path.name} itself, which stays as it is (--method qlora imports it instead)")
         return "gguf"

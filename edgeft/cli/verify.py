@@ -13,12 +13,15 @@ from edgeft.cli._output import ConsoleProgress, json_option, note, print_json, p
 if TYPE_CHECKING:
     from edgeft.plugins import AdapterScale
     from edgeft.run import Run
+    from edgeft.verify.bootstrap import Interval
+    from edgeft.verify.ledger import Ledger, Row
     from edgeft.verify.report import Report
 
 EPILOG = """
 \b
 Examples:
   edgeft verify runs/demo demo-q4.gguf                        on the run's own held-out data
+  edgeft verify runs/demo demo-q4.gguf --report demo.html     the same, with plots
   edgeft verify ./base demo-q4.gguf --adapter ./adapter --data mine.jsonl
   edgeft verify runs/demo demo-lora.gguf --base base-q4.gguf  an adapter beside its base
   edgeft verify runs/demo demo-q4.gguf --tolerance kl=0.02 --tolerance top1=0.99
@@ -38,7 +41,15 @@ Examples:
 @click.option("--split", type=click.Choice(["test", "valid", "train"]), help="Default: test, or valid without one.")
 @click.option("--examples", type=click.IntRange(min=1), help="Compare the first N examples only.")
 @click.option("--tolerance", multiple=True, metavar="NAME=VALUE", help="Change a limit: kl, top1 or nll.")
+@click.option("--quick", is_flag=True, help="Measure the merged model and the file only, in half the time.")
 @click.option("--runtime", default="auto", show_default=True, help="Runtime that loads the file.")
+@click.option(
+    "--report",
+    "reports",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a report: FILE.html, one page with plots that needs no network, or FILE.json.",
+)
 @json_option
 def verify(
     model: str,
@@ -49,49 +60,55 @@ def verify(
     split: str | None,
     examples: int | None,
     tolerance: Sequence[str],
+    quick: bool,
     runtime: str,
+    reports: Sequence[Path],
     as_json: bool,
 ) -> None:
-    """Prove that a file answers as the trained model does.
+    """Prove that a file answers as the trained model does, and show what each step on the way costs.
 
     Compares ARTIFACT, loaded in its runtime, with base and adapter merged in torch: the same tokens for every text, the
     same chat template, and on held-out data the same next tokens, within limits that depend on the file's bits per
-    weight (docs/verify.md). Writes the losses into the file's manifest, unless only a part of the data is compared.
-    Exit code 5 when a check fails.
+    weight (docs/verify.md). The ledger has every step: the graph that was trained, the merge, the file's tensors in
+    torch, the file in its runtime. It goes into the file's manifest, unless only a part of the data is compared. Exit
+    code 5 when a check fails.
     """
     limits = dict(_limit(text) for text in tolerance)
-    from edgeft.artifact import update_ledger
-    from edgeft.export import find, merged
+    _check_reports(reports)
+    from edgeft.artifact import read_manifest
+    from edgeft.export import as_exported, find, merged
     from edgeft.sessions import open_session
+    from edgeft.verify.build_steps import Parts
     from edgeft.verify.check import verify_file
     from edgeft.verify.examples import held_out
 
     progress = ConsoleProgress()
     origin = find(model, adapter, progress)
+    trained = origin.source
     file, adapters = _parts(artifact, base or origin.source.gguf)
     if origin.source.gguf and not adapters:
         origin = merged(origin, progress)
+    origin = as_exported(origin, read_manifest(artifact))
     held, notes = held_out(origin.run, data, split)
     for text in notes:
         note(f"note: {text}")
-    compared = held[:examples]
     # A ledger's stages belong to one set of examples.
     whole = examples is None and (origin.run is None or (data is None and split is None))
     opened = open_session(str(file), runtime, progress=progress, adapters=adapters)
     with opened.session as session:
         report = verify_file(
-            origin.source,
-            opened.artifact.path,
-            session,
-            compared,
+            Parts(origin.source, opened.artifact.path, session, adapters, origin.run, opened.runtime, quick, trained),
+            held[:examples],
             tolerance=limits,
             nll_training_graph=_trained_nll(origin.run) if whole else None,
             progress=progress,
         )
+        context = _context(model, artifact, opened.runtime, origin.run, data, split)
+        _write_reports(reports, report, context, session.detokenize)
     if whole:
-        update_ledger(artifact, report.ledger)
+        _write_ledger(artifact, report, context)
         _compare_counts(origin.run, report)
-    _print(report, {"model": model, "artifact": str(artifact), "runtime": opened.runtime}, as_json)
+    _print(report, context, as_json)
     _fail_on(report, artifact)
 
 
@@ -107,6 +124,49 @@ def _parts(artifact: Path, base: Path | None) -> tuple[Path, list[AdapterScale]]
     if base is None:
         raise UsageError(f"{artifact} is an adapter", "Name the GGUF it goes onto: --base FILE.")
     return base, [AdapterScale(artifact)]
+
+
+def _context(
+    model: str, artifact: Path, runtime: str, run: Run | None, data: str | None, split: str | None
+) -> dict[str, Any]:
+    recorded = run.manifest().data if run else {}
+    return {
+        "model": model,
+        "artifact": str(artifact),
+        "runtime": runtime,
+        "data": data or recorded.get("reference"),
+        "split": split or (recorded.get("held_out") if data is None else None),
+    }
+
+
+def _check_reports(reports: Sequence[Path]) -> None:
+    for file in reports:
+        if file.suffix not in (".html", ".json"):
+            raise click.UsageError(f"--report: {file} is neither FILE.html nor FILE.json")
+
+
+def _write_reports(reports: Sequence[Path], report: Report, context: dict[str, Any], detokenize: Any) -> None:
+    from edgeft.paths import write_json, write_text
+
+    for file in reports:
+        if file.suffix == ".json":
+            write_json(file, {**context, **report.as_dict()})
+        else:
+            from edgeft.verify.html_report import page
+
+            write_text(file, page(report, context, detokenize))
+        note(f"note: wrote {file}")
+
+
+def _write_ledger(artifact: Path, report: Report, context: dict[str, Any]) -> None:
+    from edgeft import __version__
+    from edgeft.artifact import update_ledger
+
+    assert report.ledger is not None
+    told = {key: context[key] for key in ("data", "split", "runtime")}
+    found = {**told, "ok": report.ok, "edgeft_version": __version__, **report.ledger.as_dict()}
+    if not update_ledger(artifact, report.losses, {**found, "advice": report.advice}):
+        note(f"note: {artifact} has no manifest beside it to write the ledger into")
 
 
 def _trained_nll(run: Run | None) -> float | None:
@@ -146,6 +206,38 @@ def _print(report: Report, context: dict[str, Any], as_json: bool) -> None:
     for key, value in report.figures.items():
         if value is not None:
             click.echo(f"{key:<20} {_number(value)}")
+    if report.ledger is not None:
+        click.echo()
+        _print_ledger(report.ledger)
+        click.echo(f"\n{report.advice}")
+
+
+def _print_ledger(ledger: Ledger) -> None:
+    title = f"{ledger.examples} examples, {ledger.tokens} tokens; KL from “{ledger.reference}”; [95 % interval]"
+    columns = ("step", "NLL", "perplexity", "KL", "KL 99 %", "same top token", "exact match", "MB", "lost here")
+    print_table(columns, [_ledger_row(row) for row in ledger.rows], title)
+    for step in ledger.skipped:
+        note(f"note: the step “{step.name}” is left out: {step.why}")
+
+
+def _ledger_row(row: Row) -> tuple[str, ...]:
+    return (
+        row.title,
+        _interval(row.nll, ".4f"),
+        f"{row.perplexity.value:.3f}",
+        _interval(row.kl, ".2g"),
+        f"{row.kl_p99.value:.2g}",
+        _interval(row.same_top, ".2%"),
+        "" if row.exact is None else _interval(row.exact, ".1%"),
+        "" if row.bytes is None else f"{row.bytes / 1e6:.1f}",
+        "" if row.lost is None else f"{row.lost.value:.2g}",
+    )
+
+
+def _interval(interval: Interval, form: str) -> str:
+    if interval.low is None or interval.high is None:
+        return f"{interval.value:{form}}"
+    return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
 def _number(value: float | None) -> str:

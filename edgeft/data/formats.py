@@ -10,12 +10,12 @@ preference         {"prompt", "chosen", "rejected"}; without "prompt", what both
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from edgeft.chat import Message
 from edgeft.data.example import Example, Preference
+from edgeft.paths import parse_json
 
 Format = Literal["messages", "prompt-completion", "instruction", "sharegpt", "text", "preference"]
 FORMATS: tuple[Format, ...] = ("messages", "prompt-completion", "instruction", "sharegpt", "text", "preference")
@@ -167,7 +167,7 @@ def _decoded(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except ValueError:
         return value
 

@@ -124,6 +124,8 @@ def load_records(
         where, hint = f"{files[split]} holds no usable example", "edgeft data check says why."
     if bad:
         warnings.warn(summary(bad), DataWarning, stacklevel=3)
+    if not records and bad and path.is_file():
+        raise DataError(f"{path} holds no usable example: {bad[0]}", "edgeft data check lists what is wrong.")
     if not records:
         raise DataError(where, hint)
     return records

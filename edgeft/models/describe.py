@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from edgeft.artifact import read_manifest, size_of
-from edgeft.errors import ModelError
 from edgeft.models.gguf_header import read_header
 from edgeft.models.references import ResolvedModel, resolve
+from edgeft.models.text import read_object, read_template
 
 
 def describe(reference: str) -> dict[str, Any]:
@@ -37,19 +36,30 @@ def _gguf(found: ResolvedModel) -> dict[str, Any]:
         "context": header.context_length,
         "tokenizer_pre": header.tokenizer_pre,
         "chat_template": header.chat_template,
+        **_ledger(found.path),
     }
+
+
+def _ledger(path: Path) -> dict[str, Any]:
+    """The losses that `edgeft verify` measured, when it did."""
+    manifest = read_manifest(path)
+    return {"ledger": dict(manifest.ledger)} if manifest and manifest.ledger else {}
 
 
 def _directory(found: ResolvedModel) -> dict[str, Any]:
-    config = _json(found.path / "config.json")
+    config = read_object(found.path / "config.json")
     template = found.path / "chat_template.jinja"
     return {
-        "architecture": (config.get("architectures") or ["unknown"])[0],
+        "architecture": _first(config.get("architectures")),
         "context": config.get("max_position_embeddings"),
         "vocabulary": config.get("vocab_size"),
         "bytes": sum(file.stat().st_size for file in found.path.glob("*.safetensors")),
-        "chat_template": template.read_text(encoding="utf-8") if template.is_file() else None,
+        "chat_template": read_template(template) if template.is_file() else None,
     }
+
+
+def _first(names: Any) -> str:
+    return str(names[0]) if isinstance(names, list) and names else "unknown"
 
 
 def _onnx(found: ResolvedModel) -> dict[str, Any]:
@@ -60,11 +70,12 @@ def _onnx(found: ResolvedModel) -> dict[str, Any]:
         "parameters": manifest.parameters if manifest else None,
         "types": manifest.types if manifest else None,
         "bits_per_weight": round(manifest.bits_per_weight, 3) if manifest else None,
+        **_ledger(found.path),
     }
 
 
 def _adapter(found: ResolvedModel) -> dict[str, Any]:
-    config = _json(found.path / "adapter_config.json")
+    config = read_object(found.path / "adapter_config.json")
     return {"base": config.get("base_model_name_or_path"), "rank": config.get("r"), "alpha": config.get("lora_alpha")}
 
 
@@ -83,11 +94,3 @@ def _run(found: ResolvedModel) -> dict[str, Any]:
 
 
 _DESCRIBERS = {"gguf": _gguf, "onnx": _onnx, "hf": _directory, "adapter": _adapter, "run": _run}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
-    return content

@@ -41,7 +41,8 @@ def to_bfloat16() -> Rows:
 
 
 @cache
-def _library() -> Any:
+def library() -> Any:
+    """The shared library with ggml. Raises: MissingDependency."""
     path = ggml_library()
     try:
         with short_spins():
@@ -53,7 +54,7 @@ def _library() -> Any:
 
 
 def _function(name: str, kind: str) -> Rows:
-    function = getattr(_library(), name, None)
+    function = getattr(library(), name, None)
     if function is None:
         raise UnsupportedModel(f"weights of type {kind} cannot be read: the installed ggml has no {name}")
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]

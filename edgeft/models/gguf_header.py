@@ -12,9 +12,11 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgeft.errors import ModelError
+
+T = TypeVar("T")
 
 TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
@@ -54,7 +56,16 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+
+_AGAIN = "Fetch or export it again."
+
+# Far above any real file (a vocabulary of 262,144 tokens with its merges takes 15 MB; the largest models have 20,000
+# tensors), so that reading a header never takes much time or memory, whatever it says.
+_MAX_HEADER = 1 << 27
+_MAX_KEYS, _MAX_TENSORS = 1 << 16, 1 << 17
 _MAX_DIMENSIONS = 4
+_MAX_KEY, _MAX_NAME = 65535, 63
+"""Bytes of a key, which the specification says, and of a tensor's name, which ggml's GGML_MAX_NAME says."""
 
 
 @dataclass(frozen=True)
@@ -117,24 +128,37 @@ class GgufHeader:
 
     @property
     def name(self) -> str | None:
-        return self.metadata.get("general.name")
+        return self._text("general.name")
 
     @property
     def licence(self) -> str | None:
-        return self.metadata.get("general.license")
+        return self._text("general.license")
 
     @property
     def chat_template(self) -> str | None:
-        return self.metadata.get("tokenizer.chat_template")
+        return self._text("tokenizer.chat_template")
 
     @property
     def tokenizer_pre(self) -> str | None:
         """Name of the rule that splits text before byte-pair merging."""
-        return self.metadata.get("tokenizer.ggml.pre")
+        return self._text("tokenizer.ggml.pre")
 
     @property
     def context_length(self) -> int | None:
-        return self.metadata.get(f"{self.architecture}.context_length")
+        return self.number(f"{self.architecture}.context_length")
+
+    def _text(self, key: str) -> str | None:
+        value = self.metadata.get(key)
+        if value is None or isinstance(value, str):
+            return value
+        raise ModelError(f"{self.path} is damaged: {key} is not a text", _AGAIN)
+
+    def number(self, key: str) -> int | None:
+        """A whole number from the metadata; None when the file does not say. Raises: ModelError when it is none."""
+        value = self.metadata.get(key)
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        raise ModelError(f"{self.path} is damaged: {key} is not a whole number", _AGAIN)
 
     @property
     def parameters(self) -> int:
@@ -159,7 +183,7 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read a header and check that the tensors it announces fit into the file.
+    """Read a header and check that the tensors it announces lie in the file, one behind the other.
 
     Raises:
         ModelError: not a GGUF, damaged, or cut short.
@@ -170,20 +194,31 @@ def read_header(path: Path) -> GgufHeader:
 
 def _parse(path: Path, reader: _Reader) -> GgufHeader:
     version, tensor_count, key_count = reader.preamble()
-    values = dict(reader.key_value() for _ in range(key_count))
-    tensors = tuple(reader.tensor() for _ in range(tensor_count))
+    values = reader.unique("key", (reader.key_value() for _ in range(key_count)))
+    tensors = reader.unique("tensor", ((found.name, found) for found in map(reader.tensor, range(tensor_count))))
     alignment = values.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment <= 0:
-        raise reader.damaged(f"general.alignment is {alignment!r}")
+    if not isinstance(alignment, int) or not 0 < alignment <= _MAX_HEADER or alignment & (alignment - 1):
+        raise reader.damaged("general.alignment is not a power of two")
     data_offset = -(-reader.position // alignment) * alignment
-    for tensor in tensors:
-        if data_offset + tensor.offset + tensor.bytes > reader.size:
+    header = GgufHeader(path, version, Metadata(values), tuple(tensors.values()), data_offset)
+    _check_places(header, reader, alignment)
+    return header
+
+
+def _check_places(header: GgufHeader, reader: _Reader, alignment: int) -> None:
+    end, before = 0, ""
+    for tensor in sorted(header.tensors, key=lambda tensor: tensor.offset):
+        if tensor.offset % alignment:
+            raise reader.damaged(f"tensor {tensor.name!r} begins at byte {tensor.offset}, not at whole {alignment}s")
+        if tensor.offset < end:
+            raise reader.damaged(f"tensor {tensor.name!r} begins inside tensor {before!r}")
+        end, before = tensor.offset + tensor.bytes, tensor.name
+        if header.data_offset + end > reader.size:
             raise ModelError(
-                f"{path} is cut short: tensor {tensor.name} ends {data_offset + tensor.offset + tensor.bytes} bytes in,"
+                f"{header.path} is cut short: tensor {tensor.name!r} ends {header.data_offset + end} bytes in,"
                 f" the file has {reader.size}",
-                "Fetch or export it again.",
+                _AGAIN,
             )
-    return GgufHeader(path, version, Metadata(values), tensors, data_offset)
 
 
 class _mapped:
@@ -213,22 +248,34 @@ class _Reader:
         self.path, self.data, self.size, self.position = path, data, len(data), 0
 
     def damaged(self, what: str) -> ModelError:
-        return ModelError(f"{self.path} is damaged: {what}", "Fetch or export it again.")
+        return ModelError(f"{self.path} is damaged: {what}", _AGAIN)
 
     def take(self, length: int) -> int:
         """Start of the next `length` bytes."""
         start = self.position
         if length > self.size - start:
             raise self.damaged(f"the header needs {length} bytes at {start}, the file has {self.size}")
+        if start + length > _MAX_HEADER:
+            raise self.damaged(f"its header has more than {_MAX_HEADER >> 20} MB")
         self.position = start + length
         return start
+
+    def unique(self, what: str, pairs: Iterator[tuple[str, T]]) -> dict[str, T]:
+        found: dict[str, T] = {}
+        for name, value in pairs:
+            if name in found:
+                raise self.damaged(f"it has two {what}s named {name!r}")
+            found[name] = value
+        return found
 
     def number(self, code: str) -> Any:
         layout = struct.Struct("<" + code)
         return layout.unpack_from(self.data, self.take(layout.size))[0]
 
-    def string(self) -> str:
+    def string(self, most: int = _MAX_HEADER) -> str:
         length = self.number("Q")
+        if length > most:
+            raise self.damaged(f"the name at byte {self.position} has {length} bytes")
         start = self.take(length)
         try:
             return self.data[start : start + length].decode("utf-8")
@@ -244,12 +291,12 @@ class _Reader:
             raise ModelError(f"{self.path} has GGUF version {version}; edgeft reads 2 and 3 (little endian)")
         tensors, keys = self.number("Q"), self.number("Q")
         # The smallest entries take 12 (key) and 24 (tensor) bytes.
-        if 12 * keys + 24 * tensors > self.size:
+        if 12 * keys + 24 * tensors > self.size or keys > _MAX_KEYS or tensors > _MAX_TENSORS:
             raise self.damaged(f"it announces {tensors} tensors and {keys} keys")
         return version, tensors, keys
 
     def key_value(self) -> tuple[str, Any]:
-        key = self.string()
+        key = self.string(_MAX_KEY)
         return key, self.value(self.number("I"))
 
     def value(self, kind: int) -> Any:
@@ -281,12 +328,13 @@ class _Reader:
     def skip_strings(self, count: int) -> None:
         # The hot loop of a large vocabulary: local names, no calls into self.
         unpack, data, position, size = struct.Struct("<Q").unpack_from, self.data, self.position, self.size
+        if count > min(size, _MAX_HEADER) // 8:
+            raise self.damaged(f"it announces a list of {count} texts")
         for _ in range(count):
             if position + 8 > size:
                 raise self.damaged(f"a list of {count} texts runs past the end")
             position += 8 + unpack(data, position)[0]
-        self.position = position
-        self.take(0)
+        self.take(position - self.position)
 
     def items(self, kind: int, count: int) -> list[Any]:
         if kind == _STRING:
@@ -294,15 +342,17 @@ class _Reader:
         layout = struct.Struct(f"<{count}{_SCALARS[kind]}")
         return list(layout.unpack_from(self.data, self.take(layout.size)))
 
-    def tensor(self) -> TensorInfo:
-        name, dimensions = self.string(), self.number("I")
+    def tensor(self, _: int = 0) -> TensorInfo:
+        name, dimensions = self.string(_MAX_NAME), self.number("I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise self.damaged(f"tensor {name} has {dimensions} dimensions")
+            raise self.damaged(f"tensor {name!r} has {dimensions} dimensions")
         shape = tuple(self.number("Q") for _ in range(dimensions))
         kind, offset = self.number("I"), self.number("Q")
         if kind not in TENSOR_TYPES:
-            raise ModelError(f"{self.path}: tensor {name} has the unknown type {kind}")
+            raise ModelError(f"{self.path}: tensor {name!r} has the unknown type {kind}")
         label, block, block_bytes = TENSOR_TYPES[kind]
         if shape[0] % block:
-            raise self.damaged(f"tensor {name} has rows of {shape[0]}, not a multiple of {block} ({label})")
+            raise self.damaged(f"tensor {name!r} has rows of {shape[0]}, not a multiple of {block} ({label})")
+        if 0 in shape:
+            raise self.damaged(f"tensor {name!r} of shape {shape} is empty")
         return TensorInfo(name, shape, label, offset, math.prod(shape) // block * block_bytes)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import __version__
-from edgeft.errors import UnsupportedModel, require
+from edgeft.errors import ModelError, UnsupportedModel, require
 from edgeft.models.gguf_header import GgufHeader, read_header
 from edgeft.models.gguf_stops import stop_token_ids
 from edgeft.models.quiet import quiet_libraries
@@ -47,6 +47,7 @@ def text_side(file: Path) -> Path:
     Raises: as `imported`.
     """
     header = read_header(file)
+    _check_metadata(header)
     digest = sha256_file(file)
     folder = imports_dir() / f"{_slug(file.stem)}-{digest[:12]}-r{RECIPE}-text"
     with locked(folder.name):
@@ -61,21 +62,59 @@ def text_side(file: Path) -> Path:
 
 
 def _save_config(header: GgufHeader, folder: Path) -> None:
-    torch = require("torch", "train")
     transformers = require("transformers", "train")
     file = header.path
     try:
         config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        if width := header.metadata.get(f"{header.architecture}.attention.key_length"):
+        if width := header.number(f"{header.architecture}.attention.key_length"):
             config.head_dim = width  # transformers leaves it out
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (ValueError, KeyError, NotImplementedError) as error:
+        model = _empty_model(header, config)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises anything on metadata made wrong
         raise _unsupported(header, error) from error
     model.config.architectures = [type(model).__name__]
     model.config.tie_word_embeddings = all(tensor.name != "output.weight" for tensor in header.tensors)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+
+
+def _empty_model(header: GgufHeader, config: Any) -> Any:
+    """The model that the metadata describe, without weights.
+
+    Raises:
+        ModelError: it would be far larger than the tensors of the file.
+    """
+    torch = require("torch", "train")
+    transformers = require("transformers", "train")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    described = sum(parameter.numel() for parameter in model.parameters())
+    # A head that is tied in the file is counted twice here.
+    if described > 2 * header.parameters + 1_000_000:
+        raise _damaged(header, f"its metadata describe {described:,} weights, it has {header.parameters:,}")
+    return model
+
+
+_LONGEST_TOKEN = 2048
+"""Characters; the longest of published vocabularies have 256. transformers looks at every pair of parts of a token."""
+
+
+def _check_metadata(header: GgufHeader) -> None:
+    """Raises: ModelError for metadata that would take transformers hours or all memory to read."""
+    layers = header.number(f"{header.architecture}.block_count") or 0
+    if not 0 <= layers <= len(header.tensors):
+        raise _damaged(header, f"it says it has {layers} layers, but it has {len(header.tensors)} tensors")
+    for name in ("tokens", "merges"):
+        texts = header.metadata.get(f"tokenizer.ggml.{name}", [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise _damaged(header, f"tokenizer.ggml.{name} is not a list of texts")
+        if any(len(text) > _LONGEST_TOKEN for text in texts):
+            raise _damaged(header, f"tokenizer.ggml.{name} has a text of more than {_LONGEST_TOKEN} characters")
+
+
+def _damaged(header: GgufHeader, what: str) -> ModelError:
+    return ModelError(f"{header.path} is damaged: {what}", "Fetch or export it again.")
 
 
 def _slug(name: str) -> str:
@@ -91,6 +130,7 @@ def import_gguf(file: Path, out: Path, *, progress: Progress | None = None, sha2
         WriteError: `out` cannot be written, or exists already.
     """
     header = read_header(file)
+    _check_metadata(header)
     progress = progress or Silent()
     progress.start(f"Importing {file.name}", 3, "steps")
     try:
@@ -113,10 +153,16 @@ def _save_weights(header: GgufHeader, folder: Path) -> None:
     file = header.path
     plan = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
     try:
+        _empty_model(
+            header,
+            transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True),
+        )
         model = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=plan, local_files_only=True
         )
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises anything on metadata made wrong
         raise _unsupported(header, error) from error
     # It is dequantized now, but still says it is quantized, and saving would ask the quantizer.
     model.hf_quantizer = None
@@ -133,7 +179,7 @@ def _save_tokenizer(header: GgufHeader, folder: Path) -> None:
     file = header.path
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    except (ValueError, KeyError, NotImplementedError, AttributeError, TypeError) as error:
+    except Exception as error:  # as above
         raise _unsupported(header, error) from error
     tokenizer.save_pretrained(folder)
     document = folder / "tokenizer.json"

@@ -147,7 +147,7 @@ def load_packed(
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    _fill(model, _Weights(header, config), dtype)
+    _fill(model, StoredRows(header, config), dtype)
     return model.eval()
 
 
@@ -173,7 +173,7 @@ def check_supported(header: GgufHeader) -> None:
         ggml_rows.to_float32(kind)
 
 
-class _Weights:
+class StoredRows:
     """A GGUF's tensors by their Hugging Face names."""
 
     def __init__(self, header: GgufHeader, config: Any) -> None:
@@ -226,7 +226,7 @@ class _Weights:
         return dense(self._read(info).view(1, -1), info.type, info.elements, torch.float32)[0]
 
 
-def _fill(model: Any, weights: _Weights, dtype: torch.dtype) -> None:
+def _fill(model: Any, weights: StoredRows, dtype: torch.dtype) -> None:
     """Give every parameter of a model on the meta device its values."""
     head = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
@@ -245,7 +245,7 @@ def _fill(model: Any, weights: _Weights, dtype: torch.dtype) -> None:
         rotary.inv_freq = rotary.original_inv_freq = rotary.inv_freq / factors
 
 
-def _packed_linear(weights: _Weights, name: str, layer: torch.nn.Linear, dtype: torch.dtype) -> PackedLinear:
+def _packed_linear(weights: StoredRows, name: str, layer: torch.nn.Linear, dtype: torch.dtype) -> PackedLinear:
     packed, kind = weights.packed(f"{name}.weight", (layer.out_features, layer.in_features))
     bias = None if layer.bias is None else weights.dense(f"{name}.bias", (layer.out_features,), dtype)
     return PackedLinear(packed, kind, layer.in_features, bias)

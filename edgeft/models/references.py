@@ -12,6 +12,8 @@ from edgeft.errors import ModelError, Unreachable, UsageError
 from edgeft.models import hub, packages
 from edgeft.models.aliases import ALIASES
 from edgeft.models.store import read_sidecar
+from edgeft.models.weights import refuse_pickles
+from edgeft.paths import parse_json
 from edgeft.progress import Progress
 from edgeft.run import Run, is_run
 
@@ -116,12 +118,11 @@ def _starts_as_gguf(path: Path) -> bool:
 
 def _licence(folder: Path, file: str | None = None) -> str | None:
     """The licence edgeft recorded: in a GGUF's own manifest, or in the folder's sidecar."""
-    import json
 
     manifest = folder / f"{file}.json"
     if file and manifest.is_file():
         try:
-            licence = json.loads(manifest.read_text(encoding="utf-8")).get("licence")
+            licence = parse_json(manifest.read_text(encoding="utf-8")).get("licence")
         except (ValueError, AttributeError) as error:
             raise ModelError(f"{manifest} cannot be read: {error}") from error
     else:
@@ -154,6 +155,7 @@ def weights_digest(folder: Path) -> str:
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
+        refuse_pickles(folder)
         raise ModelError(f"{folder} has no .safetensors files", "edgeft reads weights from safetensors only.")
     digest = hashlib.sha256()
     for file in files:

@@ -10,7 +10,6 @@ models/
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 
 from edgeft import config
 from edgeft.errors import ModelError, Unreachable, WriteError
-from edgeft.paths import models_dir, sync_directory
+from edgeft.paths import models_dir, parse_json, sync_directory
 
 SIDECAR = "edgeft.json"
 """What edgeft knows about a model folder: where it came from, digest, licence."""
@@ -54,7 +53,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}", "Remove the model and fetch it again.") from error
     if not isinstance(content, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from edgeft.chat import ChatTemplate
 from edgeft.errors import ModelError, require
+from edgeft.paths import parse_json
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def load_text_side(folder: Path, chat_template: str | None = None) -> TextSide:
         raise ModelError(f"{file} cannot be read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    settings = _json(folder / "tokenizer_config.json")
+    settings = read_object(folder / "tokenizer_config.json")
     source = chat_template or own_template(folder)
     bos, eos = _token(settings.get("bos_token")), _token(settings.get("eos_token"))
     template = ChatTemplate(source, bos, eos) if source else None
@@ -69,20 +69,28 @@ def own_template(folder: Path) -> str | None:
     """The chat template of a directory: chat_template.jinja, or the older place in tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _json(folder / "tokenizer_config.json").get("chat_template")
+        return read_template(file)
+    template = read_object(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
     return template if isinstance(template, str) else None
 
 
+def read_template(file: Path) -> str:
+    """Raises: ModelError when it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file} cannot be read: {error}", "Save it as UTF-8.") from error
+
+
 def _generation_ends(folder: Path, tokenizer: Any) -> Iterator[str]:
     """Ends that only generation_config.json or config.json name (Llama 3: <|eom_id|>, <|eot_id|>)."""
     for name in ("generation_config.json", "config.json"):
-        ids = _json(folder / name).get("eos_token_id")
+        ids = read_object(folder / name).get("eos_token_id")
         for token in ids if isinstance(ids, list) else [ids]:
-            if isinstance(token, int) and (text := tokenizer.id_to_token(token)) is not None:
+            if isinstance(token, int) and 0 <= token < 1 << 32 and (text := tokenizer.id_to_token(token)) is not None:
                 yield text
 
 
@@ -93,11 +101,12 @@ def _token(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object; {} when there is no such file. Raises: ModelError."""
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):

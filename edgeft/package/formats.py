@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgeft import paths
-from edgeft.bundle import Bundle, Target
+from edgeft.bundle import Bundle
 from edgeft.errors import UsageError, WriteError
 from edgeft.progress import Progress
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgeft.errors import UnsupportedModel
+
 NAME = "edgeft_documents"
 
 # Below this length two matrix products and a softmax beat torch's fused CPU kernel (measured with AMX: 4 x at 85).
@@ -85,6 +87,39 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
+def install(model: Any) -> None:
+    """Let documents reach every attention of a model, also where its layers keep such arguments to themselves.
+
+    A hook, because it runs again when gradient checkpointing computes a layer again.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "self_attn"):
+            layer.register_forward_pre_hook(_hand_on, with_kwargs=True)
+
+
+def _hand_on(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    layer.self_attn.documents = kwargs.get("documents")
+
+
+class Reached:
+    """Whether attention got the documents it was meant to get."""
+
+    last: Documents | None = None
+
+
+def check_reached(documents: Documents, model: Any) -> None:
+    """After a forward pass.
+
+    Raises:
+        UnsupportedModel: the model's attention was computed without regard to documents.
+    """
+    if Reached.last is not documents:
+        raise UnsupportedModel(
+            f"the attention of {type(model).__name__} does not keep documents apart",
+            "Only models whose attention goes through transformers' AttentionInterface can be trained.",
+        )
+
+
 def documents_attention(
     module: Any,
     query: Tensor,
@@ -94,6 +129,7 @@ def documents_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     documents: Documents | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -101,31 +137,36 @@ def documents_attention(
 
     Args:
         query: (1, heads, tokens, width); key and value (1, key-value heads, tokens, width).
+        softcap: scores are bent to stay within it: softcap · tanh(score / softcap), as Gemma 2 does.
         documents: the row's documents; None means that each batch row is one document.
 
     Returns:
         (1, tokens, heads, width), and no attention weights.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    documents = getattr(module, "documents", None) if documents is None else documents
+    Reached.last = documents
     if documents is None:
-        return _causal(query, key, value, scale, sliding_window).transpose(1, 2).contiguous(), None
+        return _causal(query, key, value, scale, sliding_window, softcap).transpose(1, 2).contiguous(), None
     rows = [tensor.transpose(1, 2)[0] for tensor in (query, key, value)]
     first_q, first_k, first_v = (tensor[:, :, : documents.prefix] for tensor in (query, key, value))
     parts = []
     if documents.prefix:
-        parts.append(_causal(first_q, first_k, first_v, scale, sliding_window).transpose(1, 2)[0])
+        parts.append(_causal(first_q, first_k, first_v, scale, sliding_window, softcap).transpose(1, 2)[0])
     for positions in documents.groups:
         queries, keys, values = (row[positions].transpose(1, 2) for row in rows)
         if documents.prefix:
             keys = torch.cat((first_k.expand(len(positions), -1, -1, -1), keys), dim=2)
             values = torch.cat((first_v.expand(len(positions), -1, -1, -1), values), dim=2)
-        attended = _causal(queries, keys, values, scale, sliding_window)
+        attended = _causal(queries, keys, values, scale, sliding_window, softcap)
         parts.append(attended.transpose(1, 2).reshape(-1, *rows[0].shape[1:]))
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined.index_select(0, documents.inverse)[None], None
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
     """(documents, heads, length, width) each; key and value heads are repeated to match the query's.
 
     Where there are more keys than queries, the first ones come before all queries.
@@ -134,14 +175,18 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
     if repeats > 1:
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     banded = window is not None and length > window
-    if length > _SHORT and not banded and not before:
+    fused = length > _SHORT and not banded and not softcap
+    if fused and not before:
         return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     mask = torch.full((length - before, length), float("-inf"), dtype=query.dtype, device=query.device)
     mask = mask.triu(1 + before)
     if banded and window is not None:
         mask += torch.full_like(mask, float("-inf")).tril(before - window)
-    if length > _SHORT and not banded:
+    if fused:
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     flat = [tensor.reshape(-1, *tensor.shape[2:]) for tensor in (query, key, value)]
-    weights = torch.softmax(torch.baddbmm(mask, flat[0], flat[1].transpose(1, 2), alpha=scale), dim=-1)
-    return torch.bmm(weights, flat[2]).view(query.shape)
+    if softcap:
+        scores = torch.tanh(torch.bmm(flat[0], flat[1].transpose(1, 2)) * (scale / softcap)) * softcap + mask
+    else:
+        scores = torch.baddbmm(mask, flat[0], flat[1].transpose(1, 2), alpha=scale)
+    return torch.bmm(torch.softmax(scores, dim=-1), flat[2]).view(query.shape)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from edgeft.data.example import Encoded
-from edgeft.train.attention import Documents
+from edgeft.errors import UnsupportedModel
+from edgeft.train.attention import Documents, check_reached
 from edgeft.train.cross_entropy import summed_nll
 
 # Rows are filled up to a multiple of this, for the same reason as lengths in edgeft.train.attention: with rows of any
@@ -87,22 +88,44 @@ def batch_nll(model: Any, batch: Batch) -> Tensor:
     Args:
         model: a transformers causal model loaded with `attn_implementation=attention.NAME`, with or without adapter.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    device = batch["input_ids"].device
-    inputs = {
+    inner = _inner(model)
+    if not _plain_head(inner.config):
+        inputs = _inputs(batch)
+        logits = inner(**inputs, logits_to_keep=batch["rows"]).logits[0].float()
+        check_reached(inputs["documents"], inner)
+        return torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="sum")
+    learned, head = learned_states(model, batch)
+    with torch.autocast(learned.device.type, enabled=False):
+        return summed_nll(learned, head.weight, head.bias, batch["targets"])
+
+
+def learned_states(model: Any, batch: Batch) -> tuple[Tensor, Any]:
+    """Last hidden states of the learned rows, (learned, width), and the head that makes logits of them.
+
+    Raises:
+        UnsupportedModel: logits are more than that product.
+    """
+    inner, kind = _inner(model), batch["input_ids"].device.type
+    if not _plain_head(inner.config):
+        raise UnsupportedModel(f"the logits of {type(inner).__name__} are capped or scaled", "Leave out --teacher.")
+    inputs = _inputs(batch)
+    learned = inner.base_model(**inputs).last_hidden_state[0].index_select(0, batch["rows"])
+    check_reached(inputs["documents"], inner)
+    narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else learned.dtype
+    return learned.to(narrow), inner.get_output_embeddings()
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
-        "documents": batch["documents"].to(device),
+        "documents": batch["documents"].to(batch["input_ids"].device),
         "use_cache": False,
     }
-    if not _plain_head(inner.config):
-        logits = inner(**inputs, logits_to_keep=batch["rows"]).logits[0].float()
-        return torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="sum")
-    learned = inner.base_model(**inputs).last_hidden_state[0].index_select(0, batch["rows"])
-    head = inner.get_output_embeddings()
-    narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else learned.dtype
-    with torch.autocast(device.type, enabled=False):
-        return summed_nll(learned.to(narrow), head.weight, head.bias, batch["targets"])
 
 
 def _plain_head(config: Any) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError, WriteError
-from edgeft.paths import sha256_file, sync_directory
+from edgeft.paths import parse_json, sha256_file, sync_directory
 
 BEST = "best"
 SCHEMA = 1
@@ -119,7 +119,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """Raises: ModelError when state.json is missing or from another version."""
     file = path / "state.json"
     try:
-        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        state: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     if state.get("schema") != SCHEMA or "files" not in state:

@@ -17,8 +17,12 @@ Method = Literal["qlora", "lora", "full", "gguf"]
 
 Scheduler = Literal["cosine", "linear", "constant"]
 
-# All weights of a small model can move little before it forgets; a fresh adapter has to move far.
-LEARNING_RATES: dict[str, float] = {"qlora": 1e-3, "lora": 1e-3, "full": 2e-5, "gguf": 1e-3}
+Tune = Literal["adapter", "scales"]
+"""What a run for a target trains: an adapter that is merged and rounded, or the scales of the rounded base's blocks."""
+
+# All weights of a small model can move little before it forgets; a fresh adapter has to move far. Scales are trained as
+# factors: half a percent per step.
+LEARNING_RATES: dict[str, float] = {"qlora": 1e-3, "lora": 1e-3, "full": 2e-5, "gguf": 1e-3, "scales": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints kept, besides the best weights."""
     seed: int = 0
+    target: str | None = None
+    """The export target whose rounding the forward pass computes with; see edgeft.train.grids."""
+    quantize_after: float = 0.0
+    """Share of the steps before it does."""
+    tune: Tune = "adapter"
+    teacher: float = 0.0
+    """Share of the loss that is the divergence from the unrounded model."""
 
     def __post_init__(self) -> None:
         for name, smallest in (("rank", 1), ("patience", 0), ("keep", 1), ("eval_every", 0), ("save_every", 0)):
@@ -79,13 +90,28 @@ class TrainConfig:
                 "an adapter file for llama.cpp cannot hold DoRA's magnitudes", "Leave out --dora, or --method qlora."
             )
 
+        self._check_target()
+
+    def _check_target(self) -> None:
+        if self.tune not in get_args(Tune):
+            raise UsageError(f"nothing to tune is called {self.tune!r}", f"There are: {', '.join(get_args(Tune))}.")
+        if self.target is None:
+            if self.tune != "adapter":
+                raise UsageError("--tune scales needs the file whose scales are meant", "Add --for gguf-q4_0.")
+            if self.teacher or self.quantize_after:
+                raise UsageError("nothing is rounded in training without a target", "Add --for gguf-q4_0.")
+            return
+        from edgeft.train.grids import check_target
+
+        check_target(self)
+
     @property
     def effective_alpha(self) -> float:
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
     @property
     def effective_learning_rate(self) -> float:
-        return self.learning_rate or LEARNING_RATES[self.method]
+        return self.learning_rate or LEARNING_RATES["scales" if self.tune == "scales" else self.method]
 
 
 def write_config(file: Path, config: TrainConfig) -> None:

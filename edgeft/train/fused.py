@@ -35,7 +35,7 @@ def install(model: torch.nn.Module) -> dict[str, int]:
         elif name in _SWIGLU_MLPS and type(module.act_fn).__name__ in ("SiLUActivation", "SiLU"):
             module.forward = types.MethodType(_mlp_forward, module)
             counts["mlp"] += 1
-        elif _is_plain_adapter(module):
+        elif is_plain_adapter(module):
             module.forward = types.MethodType(_adapter_forward, module)
             counts["adapter"] += 1
         elif hasattr(module, "support_avx512bf16_for_cpu"):
@@ -45,7 +45,7 @@ def install(model: torch.nn.Module) -> dict[str, int]:
     return counts
 
 
-def _is_plain_adapter(module: torch.nn.Module) -> bool:
+def is_plain_adapter(module: torch.nn.Module) -> bool:
     """A LoRA or rsLoRA layer over a linear layer; DoRA and trained biases have more to compute."""
     from peft.tuners.lora import LoraLayer
 

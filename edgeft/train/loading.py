@@ -7,6 +7,7 @@ from typing import Any
 
 from edgeft.errors import ModelError, UnsupportedModel, require
 from edgeft.models import nf4
+from edgeft.models.weights import refuse_missing, refuse_pickles
 from edgeft.train.config import TrainConfig
 from edgeft.train.hardware import Hardware
 
@@ -29,18 +30,63 @@ def load_base(path: Path, config: TrainConfig, hardware: Hardware, gguf: Path | 
     if gguf is not None:
         from edgeft.models.gguf_torch import load_packed
 
-        return load_packed(gguf, path, compute, attention=attention.NAME).to(hardware.device)
+        packed = load_packed(gguf, path, compute, attention=attention.NAME).to(hardware.device)
+        attention.install(packed)
+        return packed
+    refuse_pickles(path)
     options: dict[str, Any] = {"dtype": torch.float32 if config.method == "full" else compute}
+    # Neither pickles nor a model's own Python code.
+    options |= {"use_safetensors": True, "trust_remote_code": False}
     if hardware.device == "cuda":
         options["device_map"] = {"": 0}
     try:
         if config.method == "qlora":
             options["quantization_config"] = _nf4(path, compute)
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            path, attn_implementation=attention.NAME, local_files_only=True, **options
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation=attention.NAME, local_files_only=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers and safetensors raise anything on files made wrong
         raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from error
+    refuse_missing(path, found)
+    attention.install(model)
+    return model
+
+
+def check_base(path: Path) -> None:
+    """Whether a model can be loaded, as far as its headers say; before a run is begun.
+
+    Raises:
+        UnsupportedModel: its weights are pickles, or transformers does not know its architecture.
+        ModelError: a file is damaged.
+    """
+    transformers, safetensors = require("transformers", "train"), require("safetensors", "train")
+    refuse_pickles(path)
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(file, "pt"):
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ModelError(
+                f"{file} is cut short or damaged: {_first_line(error)}", "Copy or download the file again."
+            ) from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything on files made wrong
+        raise UnsupportedModel(f"{path} cannot be trained: {_first_line(error)}") from error
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(f"{path} is no language model that transformers knows: {type(config).__name__}")
+
+
+def not_finite(path: Path) -> str | None:
+    """The first tensor of a model's files with a value that is no number, for a message; None: all are finite."""
+    torch, safetensors = require("torch", "train"), require("safetensors", "train")
+    for file in sorted(path.glob("*.safetensors")):
+        with safetensors.safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, not a mapping
+                values = tensors.get_tensor(name)
+                if values.is_floating_point() and not torch.isfinite(values.float().abs().max()):
+                    return f"tensor {name} of {file}"
+    return None
 
 
 def _nf4(path: Path, compute: Any) -> Any:

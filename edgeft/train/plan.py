@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from edgeft.data.example import Encoded
 from edgeft.errors import ModelError, UsageError
+from edgeft.paths import parse_json
 from edgeft.train.batch import learned_count, shared_prefix
 from edgeft.train.config import TrainConfig
 from edgeft.train.cross_entropy import CHUNK_BYTES
@@ -22,6 +22,8 @@ LIBRARIES_BYTES = 550_000_000
 # Share of the matrix-product rate that a whole step reaches (measured with SmolLM2-135M: 0.1 to 0.13 where AMX makes
 # the products fast and the rest of a step long, up to 0.3 without).
 _EFFICIENCY = 0.12
+# Weights summed with their adapter and rounded per second (measured: SmolLM2-135M's layers in 0.37 s on 2 cores).
+_ROUNDED_PER_S = 3e8
 # Memory per token and layer, in units of the dtype: of hidden width, and of the MLP's. Autograd keeps about half of
 # that (counted); the rest is what malloc and oneDNN hold back (measured: SmolLM2-135M peaks at 2.5 GB).
 _KEPT_HIDDEN, _KEPT_MLP = 20, 10
@@ -76,19 +78,26 @@ def read_shape(model: Path) -> Shape:
     """Raises: ModelError when config.json is missing or does not describe a decoder."""
     file = model / "config.json"
     try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
         raw = raw.get("text_config", raw)
-        hidden, layers, mlp = raw["hidden_size"], raw["num_hidden_layers"], raw["intermediate_size"]
-        heads = raw["num_attention_heads"]
-        width = raw.get("head_dim") or hidden // heads
-        attention = hidden * width * (2 * heads + 2 * (raw.get("num_key_value_heads") or heads))
+        hidden, layers, mlp = (_size(raw, name) for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
+        heads, vocabulary = _size(raw, "num_attention_heads"), _size(raw, "vocab_size")
+        width = _size(raw, "head_dim", hidden // heads)
+        attention = hidden * width * (2 * heads + 2 * _size(raw, "num_key_value_heads", heads))
         body = layers * (attention + 3 * hidden * mlp)
-        context, tied = raw.get("max_position_embeddings", 2048), raw.get("tie_word_embeddings", True)
-        return Shape(layers, hidden, mlp, raw["vocab_size"], context, body, tied)
+        context, tied = _size(raw, "max_position_embeddings", 2048), bool(raw.get("tie_word_embeddings", True))
+        return Shape(layers, hidden, mlp, vocabulary, context, body, tied)
     except OSError as error:
         raise ModelError(f"{model} holds no model: {error.strerror}: config.json") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"{file} does not describe a language model: {error!r}") from error
+
+
+def _size(raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = raw.get(name) or default
+    if not isinstance(value, int) or not 0 < value < 1 << 31:
+        raise ValueError(f"{name} is {value!r:.40}")
+    return value
 
 
 def make_plan(
@@ -113,12 +122,17 @@ def make_plan(
     if prefix:
         reasons["shared prefix"] = f"all examples begin with the same {prefix} tokens: read once per pass"
     plan = schedule(lengths, micro, per_step, config.epochs, config.seed, prefix)
+    if config.target:
+        begin = f"after {config.quantize_after:.0%} of the steps" if config.quantize_after else "from the first step"
+        reasons["rounding"] = f"as {config.target} stores weights, {begin}: the file will be what is trained"
     tokens, learned = sum(lengths), sum(map(learned_count, train))
     rate = matmul_rate(hardware, min(micro, 1024), shape.mlp, shape.hidden)
     per_token = _flops_per_token(config, shape, recompute, learned / tokens)
     reasons["time"] = f"a matrix product runs at {rate / 1e9:.0f} GFLOP/s here; {per_token / 1e6:.0f} MFLOP per token"
     read = tokens - prefix * (len(train) - plan.packs_per_epoch)
     train_s = per_token * read * config.epochs / rate / _EFFICIENCY
+    if config.target:
+        train_s += plan.steps * shape.body / _ROUNDED_PER_S
     valid_s = sum(len(example.tokens) for example in valid) * per_token / 3 / rate / _EFFICIENCY
     eval_every = config.eval_every or _eval_every(plan, train_s, valid_s)
     if valid and not config.eval_every:
@@ -193,7 +207,8 @@ def memory_bytes(config: TrainConfig, shape: Shape, hardware: Hardware, micro: i
         # NF4: 4 bits, and a scale of 8 bits per 64 weights with a float32 per 256 scales.
         per_weight = 0.516 if config.method == "qlora" else size
         layers = round(per_weight * shape.body) if shape.packed is None else shape.packed
-        weights = layers + size * embeddings
+        rounded = size * shape.body if config.target else 0
+        weights = layers + size * embeddings + rounded
         trained = 16 * _adapter_parameters(config, shape)
     per_layer = micro * size * (_KEPT_HIDDEN * shape.hidden + _KEPT_MLP * shape.mlp)
     if config.dora or config.method == "full":

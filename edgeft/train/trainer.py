@@ -19,6 +19,7 @@ from edgeft.data.example import Encoded
 from edgeft.errors import EdgeftError
 from edgeft.progress import Progress
 from edgeft.train import checkpoint, memory
+from edgeft.train.aware import Aware
 from edgeft.train.batch import Batch, batch_nll, collate
 from edgeft.train.config import TrainConfig
 from edgeft.train.evaluation import evaluate
@@ -82,6 +83,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, model: Any, tokenizer: Any, session: Session) -> None:
         self.session = session
+        self.aware: Aware | None = None
         # TRL rounds the adapter of a quantized model to bfloat16; small updates would be lost in it.
         kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
@@ -119,9 +121,22 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """Mean over all learned tokens of the optimizer step, however they fall into micro-batches."""
         self._step_tokens += int(inputs["tokens"])
+        self._tell_step()
         with torch.autocast(self.args.device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            nll = batch_nll(self.model, inputs)
+            nll = self._nll(inputs)
         return nll / (num_items_in_batch or max(1, len(inputs["targets"])))
+
+    def _nll(self, inputs: Batch) -> Any:
+        share, aware = self.session.config.teacher, self.aware
+        if not share or aware is None or not aware.ships:
+            return batch_nll(self.model, inputs)
+        from edgeft.train.distillation import distilled_nll
+
+        return distilled_nll(self.model, inputs, aware.exact(), share)
+
+    def _tell_step(self) -> None:
+        if self.aware is not None:
+            self.aware.at_step(self.state.global_step)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers' estimate walks over all parameters on every step, and nothing reads it
@@ -172,10 +187,13 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate, remember the best weights, and stop when there was no gain for long."""
         session, state, step = self.session, self.session.state, self.state.global_step
+        self._tell_step()
         result = evaluate(self.model, session.valid, session.plan.micro_tokens, self._autocast)
         epoch = round(session.schedule.epoch_at(step), 4)
         session.recorder.metric(step=step, epoch=epoch, val_loss=result.nll)
         session.recorder.event("evaluation", step=step, val_loss=result.nll)
+        if self.aware is not None and not self.aware.ships:
+            return {"eval_loss": result.nll}  # of a graph that is not the one to ship
         if state.best_nll is None or result.nll < state.best_nll:
             state.best_nll, state.best_step, state.without_gain = result.nll, step, 0
             weights = {"weights.safetensors": self.trained_weights()}
@@ -223,6 +241,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         with torch.no_grad():
             for name, parameter in self.trained_weights().items():
                 parameter.copy_(stored[name])
+        if self.aware is not None:
+            self.aware.moved()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft import __version__
+from edgeft.data.check import require_variety
 from edgeft.data.encode import EncodedSet, encode_all
 from edgeft.data.example import Encoded, Example
 from edgeft.data.load import dataset_digest, load_split, resolve_dataset, split_files
@@ -89,9 +90,12 @@ def prepare(config: TrainConfig, progress: Progress | None = None) -> Prepared:
     with short_spins(TRAINING):
         import torch  # noqa: F401  (its threads learn here how long to spin)
     from edgeft.train.hardware import detect, keep_freed_memory
+    from edgeft.train.loading import check_base
     from edgeft.train.plan import make_plan, read_shape
 
     base, gguf = find_base(config, progress)
+    if gguf is None:
+        check_base(base.path)
     text, shape = load_text_side(base.path), read_shape(base.path)
     shape = dataclasses.replace(shape, packed=gguf.layer_bytes if gguf else None)
     limit = min(config.max_length or shape.context, shape.context)
@@ -99,6 +103,7 @@ def prepare(config: TrainConfig, progress: Progress | None = None) -> Prepared:
     hardware = detect(config.device, config.dtype)
     notes: list[str] = []
     examples = load_split(config.data, "train")
+    require_variety(examples, f"the train split of {config.data}")
     train = _encode(examples, text, limit, "training", notes)
     splits = {name: _encode(items, text, limit, name, notes) for name, items in _held_out(config.data).items()}
     valid = splits.get("valid", [])
@@ -196,8 +201,9 @@ def _create(run: Run, config: TrainConfig) -> None:
 
 
 def _train(run: Run, ready: Prepared, progress: Progress) -> Outcome:
+    from edgeft.train.loading import not_finite
     from edgeft.train.recorder import Recorder
-    from edgeft.train.trainer import Session
+    from edgeft.train.trainer import Diverged, Session
 
     config = ready.config
     recorder, folder = Recorder(run), run.path / "checkpoints"
@@ -206,9 +212,17 @@ def _train(run: Run, ready: Prepared, progress: Progress) -> Outcome:
     session.state.base = ready.gguf.sha256 if ready.gguf else None
     file = ready.gguf.file if ready.gguf else None
     trainer = _trainer(config, ready.base.path, ready.hardware, session, file)
-    _run_steps(trainer, session, run)
+    try:
+        _run_steps(trainer, session, run)
+    except Diverged as error:
+        bad = not_finite(ready.base.path) if ready.gguf is None else None
+        if bad is None:
+            raise
+        raise ModelError(f"{bad} is NaN or infinite", "The base is damaged: copy or download it again.") from error
     if session.state.best_step is not None:
         trainer.load_weights(folder / "best")
+    if trainer.aware is not None:
+        trainer.aware.at_step(ready.schedule.steps)
     result = _score(trainer, ready, progress)
     _save_result(run, trainer, ready)
     manifest = _manifest(ready, result, session)
@@ -243,12 +257,20 @@ def _trainer(
 
     transformers.set_seed(config.seed)
     model = load_base(base, config, hardware, gguf)
-    if config.method != "full":
+    if config.method != "full" and config.tune == "adapter":
         model = add_adapter(model, config, base)
+    aware = None
+    if config.target is not None:
+        from edgeft.train.grids import make_aware
+
+        aware = make_aware(config, model, base, session.schedule.steps)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, local_files_only=True)
     trainer = PackedTrainer(model, tokenizer, session)
     if config.method != "full":
         fused.install(trainer.model)
+    if aware is not None:
+        aware.install(trainer.model)
+        trainer.aware = aware
     return trainer
 
 
@@ -323,6 +345,10 @@ def _score(trainer: PackedTrainer, ready: Prepared, progress: Progress) -> Evalu
 
 def _save_result(run: Run, trainer: PackedTrainer, ready: Prepared) -> None:
     """adapter/ in PEFT's layout, or model/ after full fine-tuning; the folder appears when it is complete."""
+    if trainer.aware is not None:
+        _save_folder(run.packed, trainer.aware.save)
+    if ready.config.tune == "scales":
+        return
     if ready.config.method == "full":
         _save_folder(run.path / "model", lambda folder: _save_model(folder, trainer, ready))
     else:
@@ -376,6 +402,7 @@ def _manifest(ready: Prepared, result: Evaluation | None, session: Session) -> R
         versions={"edgeft": __version__, **{name: importlib.metadata.version(name) for name in _MODULES}},
         evaluation=evaluation,
         licence=ready.base.licence,
+        target=config.target,
     )
 
 

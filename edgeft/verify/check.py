@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgeft.data.encode import encode_all
 from edgeft.data.example import Encoded, Example
 from edgeft.plugins import Session, Source
 from edgeft.progress import Progress, Silent
+from edgeft.verify.advice import Shipped, advice
+from edgeft.verify.build_steps import Parts, build
+from edgeft.verify.codes import check_codes
 from edgeft.verify.corpus import texts
 from edgeft.verify.divergence import Divergence, chunks, compare, file_rows, scored_rows
 from edgeft.verify.facts import FileFacts, read_facts
-from edgeft.verify.report import UNMERGED, Finding, Report, Tolerance, check_names, tolerance_for
+from edgeft.verify.ledger import Ledger, measure
+from edgeft.verify.report import UNMERGED, Finding, Report, Tolerance, as_trained, check_names, tolerance_for
+from edgeft.verify.steps import StepName
 from edgeft.verify.text_checks import check_texts, trained_text
 from edgeft.verify.torch_reference import TorchReference, load_reference
 
@@ -33,19 +38,16 @@ _NOTHING = 1e-7
 
 
 def verify_file(
-    source: Source,
-    artifact: Path,
-    session: Session,
+    parts: Parts,
     examples: Sequence[Example],
     *,
     tolerance: Mapping[str, float] | None = None,
     nll_training_graph: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Compare an exported model in its runtime with base and adapter merged in torch.
+    """Compare an exported model with the one it was made of, step by step from the trained graph to its runtime.
 
     Args:
-        artifact: the file that `session` has loaded; the base, when the adapter lies beside it.
         examples: held-out conversations; the same ones training was evaluated on make the ledger comparable.
         tolerance: changes to the default limits of the file's bits per weight (kl, top1, nll).
         nll_training_graph: from the run's manifest, passed on into the figures.
@@ -55,35 +57,77 @@ def verify_file(
         ModelError, DataError, CheckFailed: a part cannot be read, or the file cannot be compared at all.
     """
     started = time.monotonic()
-    facts = read_facts(artifact)
+    source, session, facts = parts.source, parts.session, read_facts(parts.artifact)
     check_names(tolerance or {})
     findings = check_texts(source, facts, session, texts())
     encoded = encode_for(source, examples, session.context)
-    reference = load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf)
-    total = compare_all(reference, session, encoded, progress)
-    figures: dict[str, float | int | None] = {
-        "nll_training_graph": nll_training_graph,
-        "nll_merged" if reference.merged else "nll_unmerged": total.nll_reference,
-        "nll_file": total.nll_file,
-        "kl": total.kl,
-        "kl_worst_token": total.worst_kl,
-        "top1_agreement": total.top1,
-        "tokens": total.tokens,
-        "examples": total.examples,
-        "bits_per_weight": facts.bits_per_weight,
-    }
-    limits = limits_for(source, facts, total).with_changes(tolerance or {})
-    findings += check_limits(total, limits)
+    reference = load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf, packed=source.packed)
+    findings += check_codes(source, parts.artifact)
+    ledger = _measure(parts, reference, encoded, all(example.messages for example in examples), progress)
+    compared = Compared.of(ledger)
+    limits = limits_for(source, facts, compared.nll_reference).with_changes(tolerance or {})
+    findings += check_limits(compared, limits)
+    figures = _figures(ledger, compared, facts, nll_training_graph)
     if reference.has_adapter:
         finding, more = check_adapter(reference, session, encoded)
         findings.append(finding)
         figures |= more
-    return Report(tuple(findings), {**figures, "seconds": round(time.monotonic() - started, 2)})
+    shipped = Shipped(source, parts.artifact.is_dir(), bool(parts.adapters), facts.bits_per_weight, parts.bytes)
+    seconds = round(time.monotonic() - started, 2)
+    return Report(tuple(findings), {**figures, "seconds": seconds}, ledger, advice(ledger, shipped))
 
 
-def limits_for(source: Source, facts: FileFacts, total: Divergence) -> Tolerance:
-    """By the file's bits per weight; where nothing was rounded after training, those of `UNMERGED`."""
-    return UNMERGED if source.gguf else tolerance_for(facts.precision, total.nll_reference)
+def _measure(
+    parts: Parts, reference: TorchReference, encoded: Sequence[Encoded], answers: bool, progress: Progress | None
+) -> Ledger:
+    steps, skipped = build(parts, reference)
+    name: StepName = "merged" if reference.merged else "unmerged"
+    vocabulary = parts.session.vocabulary
+    return measure(steps, name, encoded, vocabulary, skipped=skipped, answers=answers, progress=progress)
+
+
+def _figures(
+    ledger: Ledger, compared: Compared, facts: FileFacts, nll_training_graph: float | None
+) -> dict[str, float | int | None]:
+    trained, tensors = ledger.row("trained"), ledger.row("tensors")
+    return {
+        "nll_training_graph": nll_training_graph,
+        "nll_trained": trained.nll.value if trained else None,
+        f"nll_{ledger.reference}": compared.nll_reference,
+        "nll_tensors": tensors.nll.value if tensors else None,
+        "nll_file": compared.nll_file,
+        "kl": compared.kl,
+        "kl_worst_token": ledger.rows[-1].kl_worst,
+        "top1_agreement": compared.top1,
+        "tokens": ledger.tokens,
+        "examples": ledger.examples,
+        "bits_per_weight": facts.bits_per_weight,
+    }
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The figures that limits apply to."""
+
+    kl: float
+    top1: float
+    nll_reference: float
+    nll_file: float
+    tokens: int
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> Compared:
+        """The last step against the reference."""
+        reference, last = ledger.row(ledger.reference), ledger.rows[-1]
+        assert reference is not None
+        return cls(last.kl.value, last.same_top.value, reference.nll.value, last.nll.value, ledger.tokens)
+
+
+def limits_for(source: Source, facts: FileFacts, nll_reference: float) -> Tolerance:
+    """By the file's bits per weight; where nothing was rounded after training, by how activations are rounded."""
+    if source.packed:
+        return as_trained(nll_reference)
+    return UNMERGED if source.gguf else tolerance_for(facts.precision, nll_reference)
 
 
 def encode_for(source: Source, examples: Sequence[Example], context: int) -> list[Encoded]:
@@ -108,7 +152,7 @@ def compare_all(
     return total
 
 
-def check_limits(total: Divergence, limits: Tolerance) -> list[Finding]:
+def check_limits(total: Divergence | Compared, limits: Tolerance) -> list[Finding]:
     """KL, next-token agreement and loss against the limits."""
     worse = total.nll_file - total.nll_reference
     return [

@@ -107,6 +107,14 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
+PLAIN = (
+    "The lights in the kitchen are on, and the heating is set to 21 degrees. At 7:30 in the morning the blinds open.",
+    "A fox jumped over the fence, looked around, and ran back into the forest before anybody could see it.",
+    "To make tea, boil some water, put the leaves into the pot, pour the water over them and wait for four minutes.",
+    "def area(width: float, height: float) -> float:\n    return width * height\n",
+)
+"""Scored where there are no examples: every one of their tokens."""
+
 
 def texts() -> Iterator[tuple[str, str]]:
     """(group, text) of every entry, in a fixed order."""

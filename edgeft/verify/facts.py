@@ -57,9 +57,14 @@ def _of_gguf(header: GgufHeader) -> FileFacts:
     tokens = header.metadata.get("tokenizer.ggml.tokens", [])
 
     def text(kind: str) -> str:
-        token = header.metadata.get(f"tokenizer.ggml.{kind}_token_id")
-        return str(tokens[token]) if isinstance(token, int) and token < len(tokens) else ""
+        token = header.number(f"tokenizer.ggml.{kind}_token_id")
+        return "" if token is None else token_text(token)
+
+    def token_text(token: int) -> str:
+        if not isinstance(tokens, list) or not 0 <= token < len(tokens):
+            raise ModelError(f"{header.path} is damaged: it names token {token}, which its vocabulary does not have")
+        return str(tokens[token])
 
     template = ChatTemplate(header.chat_template, text("bos"), text("eos")) if header.chat_template else None
-    ends = tuple(tokens[token] for token in stop_token_ids(header))
+    ends = tuple(map(token_text, stop_token_ids(header)))
     return FileFacts(template, ends, header.bits_per_weight, header.bits_per_weight)

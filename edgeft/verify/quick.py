@@ -12,7 +12,8 @@ from edgeft.plugins import Session, Source
 from edgeft.progress import Progress
 from edgeft.verify import torch_reference
 from edgeft.verify.check import check_adapter, check_limits, compare_all, limits_for
-from edgeft.verify.corpus import texts
+from edgeft.verify.codes import check_codes
+from edgeft.verify.corpus import PLAIN, texts
 from edgeft.verify.divergence import chunks, file_rows, scored_rows
 from edgeft.verify.facts import FileFacts, read_facts
 from edgeft.verify.report import Finding
@@ -20,14 +21,6 @@ from edgeft.verify.text_checks import check_texts, trained_text
 
 SAMPLE = 4
 """Conversations that are scored."""
-
-_PLAIN = (
-    "The lights in the kitchen are on, and the heating is set to 21 degrees. At 7:30 in the morning the blinds open.",
-    "A fox jumped over the fence, looked around, and ran back into the forest before anybody could see it.",
-    "To make tea, boil some water, put the leaves into the pot, pour the water over them and wait for four minutes.",
-    "def area(width: float, height: float) -> float:\n    return width * height\n",
-)
-"""Scored when there are no examples: every one of their tokens."""
 
 
 def quick_check(
@@ -55,7 +48,7 @@ def quick_check(
         return findings
     if not torch_reference.available():
         return [*findings, Finding("kl", True, "not compared: torch is not installed", skipped=True)]
-    return findings + _check_weights(source, facts, session, sample, progress)
+    return findings + _check_weights(source, artifact, facts, session, sample, progress)
 
 
 def _sample(source: Source, examples: Sequence[Example], context: int) -> list[Encoded]:
@@ -64,7 +57,7 @@ def _sample(source: Source, examples: Sequence[Example], context: int) -> list[E
         chosen = itertools.islice(examples, SAMPLE)
         result = encode_all(chosen, text.template, text.tokenize, text.eos_tokens, context)
         return [item for item in result.encoded if scored_rows(item)]
-    encoded = [text.tokenize(sentence) for sentence in _PLAIN]
+    encoded = [text.tokenize(sentence) for sentence in PLAIN]
     return [Encoded(tokens, [True] * len(tokens)) for tokens in encoded]
 
 
@@ -79,11 +72,18 @@ def check_finite(session: Session, example: Encoded) -> Finding:
 
 
 def _check_weights(
-    source: Source, facts: FileFacts, session: Session, sample: Sequence[Encoded], progress: Progress | None
+    source: Source,
+    artifact: Path,
+    facts: FileFacts,
+    session: Session,
+    sample: Sequence[Encoded],
+    progress: Progress | None,
 ) -> list[Finding]:
-    reference = torch_reference.load_reference(source.base, source.adapter, rounded=source.nf4, gguf=source.gguf)
+    reference = torch_reference.load_reference(
+        source.base, source.adapter, rounded=source.nf4, gguf=source.gguf, packed=source.packed
+    )
     total = compare_all(reference, session, sample, progress)
-    findings = check_limits(total, limits_for(source, facts, total))
+    findings = [*check_codes(source, artifact), *check_limits(total, limits_for(source, facts, total.nll_reference))]
     if reference.has_adapter:
         findings.append(check_adapter(reference, session, sample)[0])
     return findings

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edgeft.errors import EdgeftError
-from edgeft.models.text import TextSide, load_text_side
+from edgeft.models.text import TextSide, load_text_side, read_template
 from edgeft.plugins import Session, Source
 from edgeft.verify.facts import FileFacts
 from edgeft.verify.report import Finding
@@ -26,7 +26,7 @@ def trained_text(source: Source) -> TextSide:
             folder = source.adapter
         own = source.adapter / "chat_template.jinja"
         if template is None and own.is_file():
-            template = own.read_text(encoding="utf-8")
+            template = read_template(own)
     return load_text_side(folder, template or _base_template(source.base, folder))
 
 

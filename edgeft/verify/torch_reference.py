@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft.errors import MissingDependency, ModelError, require
 from edgeft.models import nf4
+from edgeft.models.packed import fill, read_packed
 from edgeft.models.quiet import quiet_libraries
+from edgeft.models.weights import refuse_missing, refuse_pickles
 from edgeft.openmp import TRAINING, short_spins
 
 if TYPE_CHECKING:
@@ -30,6 +33,13 @@ class TorchReference:
         self.merged = merged
 
     @property
+    def parameters(self) -> int:
+        """Weights of the base, each counted once."""
+        model = self._model.get_base_model() if self.has_adapter else self._model
+        names = ((name, weight) for name, weight in model.named_parameters() if ".lora_" not in name)
+        return sum({id(weight): weight.numel() for _, weight in names}.values())
+
+    @property
     def vocabulary(self) -> int:
         return int(self._model.get_output_embeddings().weight.shape[0])
 
@@ -43,6 +53,12 @@ class TorchReference:
             logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(list(rows))).logits[0]
             result: NDArray[np.float32] = torch.log_softmax(logits.float(), dim=-1).numpy()
             return result
+
+    def plain_copy(self) -> Any:
+        """The merged model by itself, in memory of its own."""
+        copied = copy.deepcopy(self._model)
+        with quiet_libraries():
+            return copied.merge_and_unload() if self.has_adapter else copied
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -77,12 +93,18 @@ def available() -> bool:
 
 
 def load_reference(
-    base: Path, adapter: Path | None, *, rounded: bool = False, gguf: Path | None = None
+    base: Path,
+    adapter: Path | None,
+    *,
+    rounded: bool = False,
+    gguf: Path | None = None,
+    packed: Path | None = None,
 ) -> TorchReference:
     """Load a base model in float32 and merge an adapter into it.
 
     Args:
         rounded: take the base as QLoRA trained on it, rounded to NF4 by bitsandbytes itself.
+        packed: take these weights (`edgeft.models.packed`), which have the adapter in them.
         gguf: take the weights of this file, of which `base` is the text side, and do not merge.
 
     Raises:
@@ -97,8 +119,11 @@ def load_reference(
         model = _load_base(base) if gguf is None else _load_gguf(gguf, base)
         if rounded:
             _round_to_nf4(model)
+        if packed is not None:
+            fill(model, read_packed(packed))
+            adapter = None
         if adapter is not None:
-            model = _with_adapter(model, base, adapter)
+            model = with_adapter(model, base, adapter)
             if gguf is None:
                 model.merge_adapter()
     return TorchReference(model.eval(), adapter is not None, merged=gguf is None)
@@ -116,12 +141,21 @@ def _load_gguf(file: Path, folder: Path) -> Any:
 def _load_base(base: Path) -> Any:
     torch = require("torch", "train")
     transformers = require("transformers", "train")
+    refuse_pickles(base)
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+        # The attention is transformers' choice: Gemma 2 soft-caps its scores, which torch's fused one cannot.
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            base,
+            output_loading_info=True,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers and safetensors raise anything on files made wrong
         raise ModelError(f"{base} cannot be loaded: {_first_line(error)}") from error
+    refuse_missing(base, found)
+    return model
 
 
 def _round_to_nf4(model: Any) -> None:
@@ -134,13 +168,15 @@ def _round_to_nf4(model: Any) -> None:
             layer.weight.data = functional.dequantize_4bit(packed, state)
 
 
-def _with_adapter(model: Any, base: Path, adapter: Path) -> Any:
+def with_adapter(model: Any, base: Path, adapter: Path) -> Any:
+    """A base model with a PEFT adapter beside it, its embedding as long as the adapter's. Raises: ModelError."""
     peft = require("peft", "train")
+    refuse_pickles(adapter)
     try:
         if (rows := _embedding_rows(adapter)) is not None and rows != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows)
         model = peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # PEFT, too
         raise ModelError(
             f"the adapter {adapter} does not go onto {base}: {_first_line(error)}",
             "Give the base model that the adapter was trained on.",
