@@ -99,6 +99,8 @@ def unpack(file: Path, folder: Path) -> Bundle:
         (folder / MANIFEST).write_bytes(content)
         allowed = {entry.path: entry for entry in bundle.files}
         for member in archive:
+            if member is first:
+                continue
             safe_path(member.name, str(file))
             if member.isdir():
                 continue

@@ -234,7 +234,8 @@ _ASSETS = """\
 Copy `{model}` into the app's files; {programs} opens it from there.
 
 * Android: `adb push` it to the app's folder for testing; in a release, download it at the first start or ship it as an
-  asset pack. A compressed file inside the APK cannot be mapped into memory: `androidResources {{ noCompress += "gguf" }}`.
+  asset pack. A compressed file inside the APK cannot be mapped into memory; in Gradle:
+  `androidResources {{ noCompress += "gguf" }}`.
 * iOS: add it to the target as a folder reference, and open it by its path in the app's bundle.
 
 `bundle.json` has the SHA-256 of every file; compare after a download.

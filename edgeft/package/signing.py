@@ -58,7 +58,7 @@ def verify(folder: Path, public: Path) -> None:
     if file.is_symlink() or not file.is_file() or file.stat().st_size > 4096:
         raise CheckFailed(f"{folder} is not signed", "Ask for a signed bundle, or install without --key.")
     try:
-        key.verify(base64.b64decode(file.read_bytes(), validate=True), (folder / MANIFEST).read_bytes())
+        key.verify(base64.b64decode(file.read_bytes().strip(), validate=True), (folder / MANIFEST).read_bytes())
     except (exceptions.InvalidSignature, ValueError) as error:
         raise CheckFailed(f"{folder} is not signed with {public}", "Do not use this bundle.") from error
 

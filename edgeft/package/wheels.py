@@ -117,7 +117,7 @@ def build_own(folder: Path) -> Path:
     """
     version = __version__
     info = f"edgeft-{version}.dist-info"
-    metadata = importlib.metadata.metadata("edgeft").as_bytes()
+    metadata = (importlib.metadata.distribution("edgeft").read_text("METADATA") or "").encode()
     content = {f"{info}/METADATA": metadata, f"{info}/WHEEL": _WHEEL, f"{info}/entry_points.txt": _ENTRY_POINTS}
     for package in _PACKAGES:
         for place in importlib.import_module(package).__path__:
