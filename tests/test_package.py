@@ -537,6 +537,12 @@ def test_paths_that_are_not_inside(path: object) -> None:
         safe_path(path, "here")
 
 
+def test_a_device_that_is_not_known_must_be_described() -> None:
+    with pytest.raises(UsageError, match="what pi runs is not known"):
+        target_of("pi", python="3.11")
+    assert target_of("pi", "aarch64", "3.11", "2.36") == Target("pi", "aarch64", "3.11", "2.36")
+
+
 def test_a_bundle_takes_the_place_of_nothing(tmp_path: Path) -> None:
     bundle(tmp_path)
     with pytest.raises(UsageError, match="exists"):

@@ -15,21 +15,23 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  edgeft package demo-q4.gguf --device rpi5                  demo-q4-rpi5/
-  edgeft package base.gguf --adapter mine.gguf --device rpi5 --format tar.zst
+  edgeft package demo-q4.gguf                                demo-q4-local/, for a machine like this one
+  edgeft package demo-q4.gguf --device pi --architecture aarch64 --python 3.11 --glibc 2.36 --format tar.zst
   edgeft package --new-key release.pem                       release.pem and release.pem.pub
-  edgeft package demo-q4.gguf --device rpi5 --sign release.pem --version 1.2
+  edgeft package demo-q4.gguf --sign release.pem --version 1.2
 """
 _FILE = click.Path(exists=True, path_type=Path)
 
 
 @click.command(epilog=EPILOG)
 @click.argument("model", required=False)
-@click.option("--device", default="local", show_default=True, help="Device profile it is for: edgeft devices list.")
+@click.option("--device", default="local", show_default=True, help="Name of the device; local: this machine.")
+@click.option("--architecture", help="Its processor, as uname -m says: aarch64, x86_64.")
+@click.option("--python", help="Its Python: 3.11.")
+@click.option("--glibc", help="Its C library, as ldd --version says: 2.36.")
 @click.option("--adapter", "adapters", multiple=True, type=_FILE, help="Adapter file to take along; repeatable.")
 @click.option("--name", help="Name of the bundle and of its command; default: the model's.")
 @click.option("--version", help="Numbers with dots; default: the present moment.")
-@click.option("--python", help="Python on the device; default: the profile's.")
 @click.option("--question", default="Say hello.", show_default=True, help="Asked after installing, as a health check.")
 @click.option("--expect", "expected", help="How the answer to it begins.")
 @click.option("--wheel", "wheels", multiple=True, type=_FILE, help="A wheel of your own in place of the index's.")
@@ -80,10 +82,12 @@ def package(
 def _request(
     model: str,
     device: str,
+    architecture: str | None,
+    python: str | None,
+    glibc: str | None,
     adapters: tuple[Path, ...],
     name: str | None,
     version: str | None,
-    python: str | None,
     question: str,
     expected: str | None,
     wheels: tuple[Path, ...],
@@ -97,7 +101,7 @@ def _request(
     path = find_artifact(model, progress=ConsoleProgress()).path
     return Request(
         model=path,
-        target=target_of(device, python),
+        target=target_of(device, architecture, python, glibc),
         name=name or path.name.removesuffix(".gguf").lower(),
         version=version or default_version(),
         adapters=adapters,

@@ -7,7 +7,6 @@ import datetime
 import importlib.resources
 import os
 import shutil
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,10 +253,6 @@ def _describe(folder: Path, request: Request, content: Content, model: str, adap
         licence=known.licence if known else None,
         edgeft_version=__version__,
     )
-
-
-def executable(path: Path) -> bool:
-    return bool(path.stat().st_mode & stat.S_IXUSR)
 
 
 def summary(bundle: Bundle) -> dict[str, Any]:

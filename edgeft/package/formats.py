@@ -34,6 +34,8 @@ def write(request: Request, place: Path, format_: str, progress: Progress) -> tu
         return build(request, place, progress), place
     if format_ in ("ollama", "assets"):
         return _for_others(request, place, format_, progress)
+    if format_ in ("deb", "oci") and request.target.architecture not in _DEBIAN:
+        raise UsageError(f"no {format_} is made for {request.target.architecture}")
     suffix = _SUFFIXES[format_]
     out = place if place.name.endswith(suffix) else place.with_name(place.name + suffix)
     if out.exists():

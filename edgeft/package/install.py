@@ -200,7 +200,7 @@ def _check_target(bundle: Bundle) -> None:
     if bundle.target.architecture not in (here, "any"):
         raise ModelError(
             f"{bundle.name} was made for {bundle.target.architecture}; this machine is {here}",
-            "Make one for it: edgeft package … --device NAME.",
+            f"Make one for it: edgeft package … --architecture {here}.",
         )
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if bundle.target.python not in (python, "any"):

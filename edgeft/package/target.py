@@ -1,4 +1,4 @@
-"""From a device's name to what its wheels must be made for."""
+"""What the wheels of a bundle must be made for."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ import platform
 import sys
 
 from edgeft.bundle import Target
+from edgeft.errors import UsageError
 
 LOCAL = "local"
 
 
-def target_of(device: str, python: str | None = None) -> Target:
-    """Raises: UsageError when there is no such device profile."""
-    if device == LOCAL:
-        return Target(LOCAL, platform.machine(), python or _this_python(), _this_glibc())
-    from edgeft.device import load_profile  # type: ignore[import-not-found,unused-ignore]
+def target_of(
+    device: str, architecture: str | None = None, python: str | None = None, glibc: str | None = None
+) -> Target:
+    """A device by its name, and what is known of it; of the machine at hand everything is.
 
-    profile = load_profile(device)
-    return Target(profile.name, profile.architecture, python or profile.python, profile.glibc)
+    Raises:
+        UsageError: something is not known of another device.
+    """
+    if device == LOCAL:
+        return Target(LOCAL, architecture or platform.machine(), python or _this_python(), glibc or _this_glibc())
+    if architecture is None or python is None or glibc is None:
+        raise UsageError(
+            f"what {device} runs is not known",
+            "Say it: --architecture (uname -m), --python (python3 --version), --glibc (ldd --version).",
+        )
+    return Target(device, architecture, python, glibc)
 
 
 def _this_python() -> str:
