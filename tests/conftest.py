@@ -1,8 +1,14 @@
 import os
+import signal
 from pathlib import Path
 from typing import Literal
 
 import pytest
+
+
+# Shells start commands in the background with Ctrl-C ignored, and children inherit that: tests of Ctrl-C could not pass.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
