@@ -5,8 +5,7 @@ from typing import Literal
 
 import pytest
 
-
-# Shells start commands in the background with Ctrl-C ignored, and children inherit that: tests of Ctrl-C could not pass.
+# Shells start background commands with Ctrl-C ignored, and children inherit that: tests of Ctrl-C could not pass.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
