@@ -113,6 +113,23 @@ def test_versions_beyond_those_to_keep_are_removed_with_their_files(tmp_path: Pa
     assert {blob.name for blob in (home / "blobs").iterdir()} == used
 
 
+def test_the_version_in_use_is_never_taken_apart(
+    tmp_path: Path, options: install.Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bundle(tmp_path)
+    first = install.install(made, options)
+
+    def stop(*_: object) -> str:
+        assert ask(options) == tiny_gguf.ANSWER
+        raise CheckFailed("stopped")
+
+    monkeypatch.setattr(install, "check_health", stop)
+    with pytest.raises(CheckFailed, match="stopped"):
+        install.install(made, options)
+    assert install.state(options.root, "pet").current == first.id
+    assert ask(options) == tiny_gguf.ANSWER
+
+
 def test_nothing_is_left_of_what_is_uninstalled(tmp_path: Path, options: install.Options) -> None:
     install.install(bundle(tmp_path), options)
     install.uninstall(options.root, "pet", options.bin)
@@ -319,8 +336,9 @@ def test_killed_at_any_moment_one_of_the_two_versions_answers(
     started = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)
     duration, generator = time.monotonic() - started, random.Random(3)
-    for _ in range(kills):
-        install.rollback(options.root, "pet")
+    for kill in range(kills):
+        if kill % 2:  # every other time it is the version in use that is installed again
+            install.rollback(options.root, "pet")
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(generator.uniform(0.3, 1.0) * duration)
         process.send_signal(signal.SIGKILL)

@@ -21,7 +21,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,21 +131,22 @@ def install(folder: Path, options: Options, progress: Progress | None = None) ->
         before = _read_state(home)
         _check_order(bundle, before, options.allow_downgrade)
         _check_space(folder, bundle, home)
-        copied = _stage(folder, bundle, home, progress or Silent())
-        site = _unpack(home, home / "versions" / bundle.id)
+        identifier = _unused(bundle, before)
+        copied = _stage(folder, bundle, home, identifier, progress or Silent())
+        site = _unpack(home, home / "versions" / identifier)
         answer = None
         try:
             if options.check_health:
-                answer = check_health(home, bundle, site)
+                answer = check_health(home / "versions" / identifier, bundle)
         except BaseException:
-            if bundle.id not in {version.id for version in before.versions}:
-                shutil.rmtree(home / "versions" / bundle.id, ignore_errors=True)
+            if identifier not in {version.id for version in before.versions}:
+                shutil.rmtree(home / "versions" / identifier, ignore_errors=True)
                 _sweep(home, before)
             raise
-        after = _switch(home, before, bundle, site, options.keep)
+        after = _switch(home, before, bundle, identifier, site, options.keep)
         _sweep(home, after)
         launcher = _write_launcher(home, options.bin)
-    return Result(bundle.name, bundle.id, before.current, copied, launcher, answer)
+    return Result(bundle.name, identifier, before.current, copied, launcher, answer)
 
 
 def check(folder: Path, options: Options) -> Bundle:
@@ -195,6 +196,11 @@ def _home(root: Path, name: str) -> Path:
     return root.absolute() / name
 
 
+def _unused(bundle: Bundle, now: State) -> str:
+    """The folder for a bundle's files: never the one in use, which stays whole until another has taken its place."""
+    return f"{bundle.id}-again" if now.current == bundle.id else bundle.id
+
+
 def _check_target(bundle: Bundle) -> None:
     here = platform.machine()
     if bundle.target.architecture not in (here, "any"):
@@ -213,7 +219,7 @@ def _check_target(bundle: Bundle) -> None:
 def _check_order(bundle: Bundle, now: State, allowed: bool) -> None:
     """Newer by version and by date. A higher version on an older date is an old bundle that pretends to be newer."""
     current = next((version for version in now.versions if version.id == now.current), None)
-    if current is None or allowed or bundle.id == current.id:
+    if current is None or allowed or current.id.startswith(bundle.id):
         return
     hint = "If you want it anyway: --allow-downgrade."
     if version_key(bundle.version) < version_key(current.version):
@@ -247,18 +253,17 @@ def _unpacked_size(wheel: Path) -> int:
         raise ModelError(f"{wheel.name} is damaged: {error}", "Copy the bundle again.") from error
 
 
-def check_health(home: Path, bundle: Bundle, site: str) -> str:
+def check_health(version: Path, bundle: Bundle) -> str:
     """Ask the staged version its question, in a process of its own.
 
     Raises:
         CheckFailed: it does not answer within five minutes, says nothing, or not what is expected.
     """
-    version = home / "versions" / bundle.id
     command = [sys.executable, "-s", "-m", "edgeft", "run", str(version), bundle.question, "--json"]
     command += ["--max-tokens", "32", "--temperature", "0"]
     try:
         done = subprocess.run(
-            command, env=_environment(home, site), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            command, env=_environment(version), stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=_HEALTH_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
@@ -276,10 +281,10 @@ def check_health(home: Path, bundle: Bundle, site: str) -> str:
 _STAYS = "The version in use was left as it is."
 
 
-def _environment(home: Path, site: str) -> dict[str, str]:
+def _environment(version: Path) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONHOME"}
-    if site:
-        environment["PYTHONPATH"] = str(home / "site" / site)
+    if (version / ".site").is_dir():
+        environment["PYTHONPATH"] = str(version / ".site")
     return environment
 
 
@@ -306,13 +311,13 @@ def _locked(home: Path) -> Iterator[None]:
         yield
 
 
-def _stage(folder: Path, bundle: Bundle, home: Path, progress: Progress) -> int:
+def _stage(folder: Path, bundle: Bundle, home: Path, identifier: str, progress: Progress) -> int:
     """Blobs and hard links of a version; returns the bytes that were not there yet."""
     blobs, copied = home / "blobs", 0
     blobs.mkdir(exist_ok=True)
     progress.start("Copying", bundle.total_bytes, "bytes")
     try:
-        with wheels.temporary_folder(home / "versions" / bundle.id) as temporary:
+        with wheels.temporary_folder(home / "versions" / identifier) as temporary:
             staged = Path(temporary) / "version"
             for entry in bundle.files:
                 blob = blobs / entry.sha256
@@ -326,8 +331,8 @@ def _stage(folder: Path, bundle: Bundle, home: Path, progress: Progress) -> int:
             for name in (MANIFEST, SIGNATURE):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, staged / name)
-            final = home / "versions" / bundle.id
-            if final.exists():  # installed again, or left by a kill before the switch
+            final = home / "versions" / identifier
+            if final.exists():  # an earlier one, not in use, or left by a kill before the switch
                 shutil.rmtree(final)
             staged.replace(final)
             paths.sync_directory(final.parent)
@@ -377,15 +382,16 @@ def _unpack(home: Path, version: Path) -> str:
     return site.name
 
 
-def _switch(home: Path, before: State, bundle: Bundle, site: str, keep: int) -> State:
-    """Write down the new version, then make it the current one: two atomic steps, either order of which is valid."""
+def _switch(home: Path, before: State, bundle: Bundle, identifier: str, site: str, keep: int) -> State:
+    """Make the new version the current one. Three atomic steps, and after each of them the folder is in order."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    added = Installed(bundle.id, bundle.version, bundle.created, now, site)
-    versions = (*(version for version in before.versions if version.id != bundle.id), added)
+    added = Installed(identifier, bundle.version, bundle.created, now, site)
+    _write_state(home, [*(version for version in before.versions if version.id != identifier), added])
+    _point(home, identifier)
+    versions = [*(version for version in before.versions if not version.id.startswith(bundle.id)), added]
     kept = versions[-max(1, keep) :]
-    _write_state(home, State(bundle.name, None, kept))
-    _point(home, bundle.id)
-    return State(bundle.name, bundle.id, kept)
+    _write_state(home, kept)
+    return State(bundle.name, identifier, tuple(kept))
 
 
 def _point(home: Path, identifier: str) -> None:
@@ -431,13 +437,11 @@ def _read_state(home: Path) -> State:
         versions = tuple(Installed(**version) for version in raw["versions"])
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} is damaged: {error}", f"Remove {home} and install again.") from error
-    if current not in {version.id for version in versions}:
-        current = None  # its files went with an older one; the next switch repairs it
     return State(home.name, current, versions)
 
 
-def _write_state(home: Path, now: State) -> None:
-    paths.write_json(home / "state.json", {"versions": [dataclasses.asdict(version) for version in now.versions]})
+def _write_state(home: Path, versions: Sequence[Installed]) -> None:
+    paths.write_json(home / "state.json", {"versions": [dataclasses.asdict(version) for version in versions]})
 
 
 def _write_launcher(home: Path, folder: Path) -> Path:

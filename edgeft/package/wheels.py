@@ -117,7 +117,8 @@ def build_own(folder: Path) -> Path:
     """
     version = __version__
     info = f"edgeft-{version}.dist-info"
-    metadata = (importlib.metadata.distribution("edgeft").read_text("METADATA") or "").encode()
+    installed = importlib.metadata.distribution("edgeft")  # an egg-info where a checkout is the working folder
+    metadata = (installed.read_text("METADATA") or installed.read_text("PKG-INFO") or "").encode()
     content = {f"{info}/METADATA": metadata, f"{info}/WHEEL": _WHEEL, f"{info}/entry_points.txt": _ENTRY_POINTS}
     for package in _PACKAGES:
         for place in importlib.import_module(package).__path__:
