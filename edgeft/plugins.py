@@ -28,7 +28,7 @@ BUILT_IN: Mapping[Family, Mapping[str, str]] = {
         "onnxruntime": "edgeft.runtimes.onnxruntime:runtime",
         "echo": "edgeft.runtimes.echo:runtime",
     },
-    "devices": {},
+    "devices": {"catalogue": "edgeft.devices.catalogue:source", "own": "edgeft.devices.own:source"},
 }
 """Name -> "module:attribute". A static table: reading entry points alone costs 47 ms."""
 
@@ -199,6 +199,18 @@ class Runtime(Protocol):
         """Raises: ModelError, MissingDependency."""
 
 
+# --- Devices ------------------------------------------------------------------
+
+
+class DeviceSource(Protocol):
+    """Where profiles of devices come from (`edgeft.device.DeviceProfile`, which lies above this module)."""
+
+    def names(self) -> Sequence[str]: ...
+
+    def load(self, name: str) -> Any:
+        """Raises: ConfigError."""
+
+
 # --- Registry -----------------------------------------------------------------
 
 
@@ -273,5 +285,5 @@ def _load_third_party(family: Family, point: EntryPoint) -> Any:
 _REQUIRED: Mapping[Family, tuple[str, ...]] = {
     "converters": ("targets", "plan", "convert"),
     "runtimes": ("name", "supports", "load"),
-    "devices": (),
+    "devices": ("names", "load"),
 }

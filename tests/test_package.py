@@ -555,10 +555,14 @@ def test_paths_that_are_not_inside(path: object) -> None:
         safe_path(path, "here")
 
 
-def test_a_device_that_is_not_known_must_be_described() -> None:
-    with pytest.raises(UsageError, match="what pi runs is not known"):
-        target_of("pi", python="3.11")
-    assert target_of("pi", "aarch64", "3.11", "2.36") == Target("pi", "aarch64", "3.11", "2.36")
+def test_a_device_is_known_by_its_profile_or_described() -> None:
+    assert target_of("rpi5-8g") == Target("rpi5-8g", "aarch64", "3.13", "2.41")
+    assert target_of("rpi5-8g", python="3.11", glibc="2.36").python == "3.11"
+    assert target_of("mine", "aarch64", "3.11", "2.36") == Target("mine", "aarch64", "3.11", "2.36")
+    with pytest.raises(UsageError, match="no device 'mine'"):
+        target_of("mine", python="3.11")
+    with pytest.raises(UsageError, match="runs no Python"):
+        target_of("iphone-15-pro")
 
 
 def test_a_bundle_takes_the_place_of_nothing(tmp_path: Path) -> None:

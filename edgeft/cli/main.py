@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "install": ("edgeft.cli.install:install", "Install a bundle on this machine; roll back, uninstall."),
     "data": ("edgeft.cli.data:data", "Check, prepare and split data sets."),
     "models": ("edgeft.cli.models:models", "List, pull, import and remove models."),
+    "devices": ("edgeft.cli.devices:devices", "Profiles of devices; what a model needs and does on them."),
     "config": ("edgeft.cli.config:config", "Show settings and where each one comes from."),
     "doctor": ("edgeft.cli.doctor:doctor", "What this installation can do, and what it lacks."),
 }

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   edgeft package demo-q4.gguf                                demo-q4-local/, for a machine like this one
-  edgeft package demo-q4.gguf --device pi --architecture aarch64 --python 3.11 --glibc 2.36 --format tar.zst
+  edgeft package demo-q4.gguf --device rpi5-8g --format tar.zst
+  edgeft package demo-q4.gguf --device rpi4-2g --python 3.11 --glibc 2.36    an older system on it
   edgeft package --new-key release.pem                       release.pem and release.pem.pub
   edgeft package demo-q4.gguf --sign release.pem --version 1.2
 """
@@ -25,10 +26,10 @@ _FILE = click.Path(exists=True, path_type=Path)
 
 @click.command(epilog=EPILOG)
 @click.argument("model", required=False)
-@click.option("--device", default="local", show_default=True, help="Name of the device; local: this machine.")
-@click.option("--architecture", help="Its processor, as uname -m says: aarch64, x86_64.")
-@click.option("--python", help="Its Python: 3.11.")
-@click.option("--glibc", help="Its C library, as ldd --version says: 2.36.")
+@click.option("--device", default="local", show_default=True, help="Device profile: edgeft devices list.")
+@click.option("--architecture", help="Processor, as uname -m says; default: the profile's.")
+@click.option("--python", help="Python on it, such as 3.11; default: the profile's.")
+@click.option("--glibc", help="C library, as ldd --version says; default: the profile's.")
 @click.option("--adapter", "adapters", multiple=True, type=_FILE, help="Adapter file to take along; repeatable.")
 @click.option("--name", help="Name of the bundle and of its command; default: the model's.")
 @click.option("--version", help="Numbers with dots; default: the present moment.")

@@ -6,6 +6,7 @@ import platform
 import sys
 
 from edgeft.bundle import Target
+from edgeft.device import load_profile
 from edgeft.errors import UsageError
 
 LOCAL = "local"
@@ -14,19 +15,23 @@ LOCAL = "local"
 def target_of(
     device: str, architecture: str | None = None, python: str | None = None, glibc: str | None = None
 ) -> Target:
-    """A device by its name, and what is known of it; of the machine at hand everything is.
+    """What a device runs, by its profile; what is given goes before.
 
     Raises:
-        UsageError: something is not known of another device.
+        UsageError: there is no such profile and not everything is given, or the device runs no Python.
     """
     if device == LOCAL:
         return Target(LOCAL, architecture or platform.machine(), python or _this_python(), glibc or _this_glibc())
-    if architecture is None or python is None or glibc is None:
+    if architecture and python and glibc:
+        return Target(device, architecture, python, glibc)
+    profile = load_profile(device)
+    found = Target(device, architecture or profile.architecture, python or profile.python, glibc or profile.glibc)
+    if not found.python or not found.glibc:
         raise UsageError(
-            f"what {device} runs is not known",
-            "Say it: --architecture (uname -m), --python (python3 --version), --glibc (ldd --version).",
+            f"{profile.title} runs no Python that wheels are made for",
+            "Use --format assets, or say what it has: --python, --glibc.",
         )
-    return Target(device, architecture, python, glibc)
+    return found
 
 
 def _this_python() -> str:
