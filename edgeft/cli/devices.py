@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeft.cli._output import json_option, print_json, print_table
+from edgeft.cli._output import json_option, note, print_json, print_table
 
 if TYPE_CHECKING:
     from edgeft.device import DeviceProfile
+    from edgeft.forecast.fit import Forecast
+    from edgeft.forecast.speed import Range
 
 EPILOG = """
 \b
@@ -17,6 +19,8 @@ Examples:
   edgeft devices list                              profiles that come with edgeft, and your own
   edgeft devices show rpi5-8g                      every figure with its source
   edgeft devices probe                             measure this machine; then it is the device `local`
+  edgeft devices fit model.gguf                    what it needs and how fast it will be, on every device
+  edgeft devices fit hf:org/name --device rpi4-2g  the same of a model on the hub, from its header alone
 """
 
 
@@ -77,3 +81,88 @@ _UNITS = {
     "prefill_repacked": "GOPS",
     "storage": "MB/s",
 }
+
+
+@devices.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--device", "name", help="One device, or a profile's file; default: a table of all.")
+@click.option(
+    "--ctx", "context", type=click.IntRange(min=1), help="Tokens of context; default: the model's, at most 4096."
+)
+@click.option(
+    "--kv",
+    "kv_type",
+    type=click.Choice(["f16", "q8_0", "q4_0"]),
+    default="f16",
+    show_default=True,
+    help="Type of the cache of keys and values.",
+)
+@click.option("--to", "target", help="Of a checkpoint, the file that export makes of it; default: gguf-q4.")
+@json_option
+def fit(model: str, name: str | None, context: int | None, kv_type: str, target: str | None, as_json: bool) -> None:
+    """Forecast memory and speed of MODEL from its header alone; a few megabytes are read, wherever it is.
+
+    MODEL is a GGUF, a Hugging Face directory, a run, hf:org/name[:file.gguf] or an address of one of these.
+    A model that does not fit the device ends with exit code 5 and the nearest thing that does.
+    """
+    from edgeft.device import load_profile, names
+    from edgeft.forecast.find import find_facts
+    from edgeft.forecast.fit import exported, forecast, refuse
+
+    wanted = [load_profile(name)] if name else [load_profile(each) for each in names()]
+    facts = exported(find_facts(model), target)
+    found = [forecast(facts, device, context, kv_type) for device in wanted]
+    if as_json:
+        results = [each.as_dict() for each in found]
+        print_json(results[0] if name else results)
+    elif name:
+        _show_one(found[0])
+    else:
+        print_table(
+            _COLUMNS, [_forecast_row(each) for each in found], title=f"{facts.name}: {facts.bytes / 1e6:.0f} MB"
+        )
+    if name and not found[0].fits:
+        raise refuse(found[0], facts, [load_profile(each) for each in names()])
+
+
+_COLUMNS = ("device", "fits", "needs MB", "of MB", "context", "largest", "decode t/s", "prompt t/s", "load s")
+
+
+def _forecast_row(found: Forecast) -> tuple[object, ...]:
+    return (
+        found.device.name,
+        "yes" if found.fits else "no",
+        round(found.memory.total / 1e6),
+        round(found.device.usable / 1e6),
+        found.settings.context,
+        found.largest_context,
+        _said(found.decode),
+        _said(found.prefill),
+        "" if found.load_seconds is None else f"{found.load_seconds:.1f}",
+    )
+
+
+def _said(rate: Range) -> str:
+    return "-".join(f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in (rate.low, rate.high))
+
+
+def _show_one(found: Forecast) -> None:
+    parts = [(key, f"{value / 1e6:,.1f}") for key, value in found.as_dict()["memory"].items()]
+    click.echo(f"{found.model} on {found.device.title}\n")
+    print_table(("memory", "MB"), parts)
+    click.echo()
+    settings, device = found.settings, found.device
+    lines = {
+        "context": f"{settings.context} tokens, keys and values in {settings.kv_type}; at most {found.largest_context}",
+        "decode": f"{_said(found.decode)} tokens/s, {_said(found.decode_full)} when the context is full",
+        "prompt": f"{_said(found.prefill)} tokens/s",
+        "load": "" if found.load_seconds is None else f"{found.load_seconds:.1f} s, the first time",
+        "threads": f"{device.decode_threads.value:.0f} to decode, {device.cores.value:.0f} for the prompt",
+        "mmap": "on" if settings.mmap else "off",
+        "repacking": "off" if not settings.repack else "on" if found.memory.repacked else "",
+    }
+    for key, value in lines.items():
+        if value:
+            click.echo(f"{key:<10} {value}")
+    for text in found.notes:
+        note(f"note: {text}")

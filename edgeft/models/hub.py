@@ -91,5 +91,10 @@ def _unreachable(reference: HubReference, offline: bool, here_only: bool, error:
     return Unreachable(f"cannot fetch {_named(reference)}: {reason}", "Check the network and try again; it continues.")
 
 
+def offline() -> bool:
+    """Whether the network is forbidden for models of the hub."""
+    return bool(config.load()["models.offline"].value) or _hub_offline()
+
+
 def _hub_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

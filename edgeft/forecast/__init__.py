@@ -1,0 +1,1 @@
+"""What a model will need and do on a device, before it is downloaded or exported."""
