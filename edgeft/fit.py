@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import export
+from edgeft.device import DeviceProfile, load_profile, names
 from edgeft.errors import UsageError
 from edgeft.export import Export, Origin
+from edgeft.forecast.find import find_facts
+from edgeft.forecast.fit import LEAST_BITS, exported, file_budget, forecast, refuse
 from edgeft.progress import Progress, Silent
 
 TARGET = "gguf"
@@ -30,6 +33,27 @@ def parse_size(text: str) -> int:
     if found is None or found[2] not in _UNITS or (size := int(float(found[1]) * _UNITS[found[2]])) < _LEAST:
         raise UsageError(f"{text!r} is not the size of a model", "Write 90MB, 85.8MiB or 1.2GB.")
     return size
+
+
+def device_budget(origin: Origin, device: str, context: int | None = None) -> int:
+    """Bytes of the largest file that leaves a device room for `context` tokens and all else; at most 8.5 bits per
+    weight, which lose nothing that can be seen.
+
+    Raises:
+        CheckFailed: no file of this model is so small; the hint has the nearest thing that fits.
+        UsageError, ConfigError: no such device, or its profile is wrong.
+    """
+    profile = load_profile(device)
+    facts = find_facts(str(origin.source.gguf or origin.source.base))
+    budget = file_budget(facts, profile, context)
+    if 8 * budget < LEAST_BITS * facts.parameters:
+        smallest = exported(facts, "gguf-q2_k")
+        raise refuse(forecast(smallest, profile, context), smallest, _all_devices())
+    return min(budget, exported(facts, "gguf-q8_0").bytes)
+
+
+def _all_devices() -> list[DeviceProfile]:
+    return [load_profile(name) for name in names()]
 
 
 def plan_for(

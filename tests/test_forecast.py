@@ -279,3 +279,48 @@ def test_memory_of_a_real_model_is_within_ten_per_cent(smollm2_gguf: Path) -> No
         result = subprocess.run([sys.executable, "-c", code, smollm2_gguf], capture_output=True, text=True, check=True)
         expected = memory(facts, board(), Settings(context)).total
         assert int(result.stdout) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def imatrix(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from edgeft import export
+    from edgeft.progress import Silent
+
+    file = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
+    text = file.with_name("text.jsonl")
+    turns = [{"role": "user", "content": "one two three"}, {"role": "assistant", "content": "four five six"}]
+    text.write_text(json.dumps({"messages": turns}) + "\n")
+    return export.calibrate(export.find(str(checkpoint), None, Silent()), str(text), file, progress=Silent())
+
+
+def test_export_for_a_device_fits_it(
+    checkpoint: Path, imatrix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = find_facts(str(checkpoint))
+    rest = memory(facts, board(), Settings(256)).total - facts.bytes
+    room = rest + facts.parameters * 5 // 8 + 20_000  # five bits per weight and the file's text
+    profile = tmp_path / "tight.toml"
+    profile.write_text(PROFILE.replace("2e9", str(3e8 + room)))
+    out = tmp_path / "tight.gguf"
+    arguments = ["export", str(checkpoint), "--imatrix", str(imatrix), "--out", str(out), "--no-verify"]
+    assert main([*arguments, "--device", str(profile)]) == 0
+    found = find_facts(str(out))
+    assert out.stat().st_size <= facts.parameters * 5 // 8 + 20_000
+    assert forecast(found, load_profile(str(profile))).fits
+    assert found.bytes > 0.3 * facts.bytes, "no smaller than it must be"
+    capsys.readouterr()
+    assert main([*arguments, "--device", "rpi4-2g", "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert 7.5 < planned["bits_per_weight"] <= 8.6, "never more than 8 bits"
+
+
+def test_export_for_a_device_without_room_is_refused(
+    checkpoint: Path, imatrix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = tmp_path / "none.toml"
+    profile.write_text(PROFILE.replace("2e9", "3.3e8"))
+    arguments = ["export", str(checkpoint), "--imatrix", str(imatrix), "--out", str(tmp_path / "x.gguf")]
+    assert main([*arguments, "--device", str(profile)]) == 5
+    assert "does not fit" in capsys.readouterr().err
+    assert not (tmp_path / "x.gguf").exists()
+    assert main([*arguments, "--device", "rpi4-2g", "--fit", "90MB"]) == 2

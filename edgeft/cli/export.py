@@ -94,6 +94,10 @@ def _list_targets(context: click.Context, parameter: click.Parameter, asked: boo
 @click.option("--data", help="Data set to calibrate on, where MODEL is not a run.")
 @click.option("--fit", metavar="SIZE", help="Choose types so that the file has at most this size: 90MB, 85.8MiB.")
 @click.option("--bpw", type=click.FloatRange(min=1), help="Choose types for so many bits per weight: 4.5.")
+@click.option("--device", help="Choose types for the largest file that DEVICE has room for (edgeft devices list).")
+@click.option(
+    "--ctx", "context", type=click.IntRange(min=1), help="With --device: tokens of context it must have room for."
+)
 @click.option("--force", is_flag=True, help="Store ordinary weights in a ternary type all the same.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the target; docs/onnx.md.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that quantize; default: all cores.")
@@ -135,6 +139,8 @@ def export(
     data: str | None,
     fit: str | None,
     bpw: float | None,
+    device: str | None,
+    context: int | None,
     force: bool,
     settings: Sequence[str],
     threads: int | None,
@@ -151,7 +157,10 @@ def export(
     from edgeft import export as workflow
     from edgeft.fit import parse_size
 
-    if fit or bpw:
+    if sum(map(bool, (fit, bpw, device))) > 1:
+        raise click.UsageError("--fit, --bpw and --device are three ways to say one thing: give one of them")
+    by_size = bool(fit or bpw or device)
+    if by_size:
         target = target or "gguf"
     progress = ConsoleProgress()
     if engine == "llama.cpp":
@@ -165,13 +174,13 @@ def export(
         "tokenizer_pre": tokenizer_pre,
         "types": _overrides(overrides),
         "imatrix": imatrix,
-        "bytes": parse_size(fit) if fit else None,
+        "bytes": parse_size(fit) if fit else _device_bytes(model, adapter, device, context, progress),
         "bits_per_weight": bpw,
         "force": force,
         "settings": dict(_setting(text) for text in settings),
     }
     with contextlib.ExitStack() as stack:
-        if calibrate or (imatrix is None and (fit or bpw)):
+        if calibrate or (imatrix is None and by_size):
             origin = workflow.find(model, adapter, progress)
             extra["imatrix"] = stack.enter_context(_importance(origin, data, progress, dry_run))
         prepared = workflow.prepare(
@@ -198,6 +207,19 @@ def export(
     findings = [] if no_verify else _verify(prepared.origin, prepared.plan.parameters, artifact)
     _show_result(artifact, seconds, findings, as_json)
     _fail_on(findings, artifact)
+
+
+def _device_bytes(
+    model: str, adapter: Path | None, device: str | None, context: int | None, progress: ConsoleProgress
+) -> int | None:
+    from edgeft.export import find
+    from edgeft.fit import device_budget
+
+    if device is None:
+        return None
+    size = device_budget(find(model, adapter, progress), device, context)
+    note(f"note: {device}: a file of at most {size / 1e6:.1f} MB")
+    return size
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from edgeft.forecast.speed import Range, decode, prefill
 DEFAULT_TARGET = "gguf-q4"
 DEFAULT_CONTEXT = 4096
 """The runtimes' own default, where the model allows it."""
-_LEAST_BITS = 2.2
+LEAST_BITS = 2.2
 """Below this no file is proposed."""
 
 
@@ -129,7 +129,7 @@ def nearest(found: Forecast, facts: ModelFacts, devices: Sequence[DeviceProfile]
     tokens = found.settings.context
     budget = file_budget(facts, found.device, min(tokens, 2048), found.settings.kv_type)
     bits = 8 * budget / facts.parameters
-    if bits >= _LEAST_BITS:
+    if bits >= LEAST_BITS:
         return (
             f"A file of at most {budget / 1e6:,.0f} MB ({bits:.1f} bits per weight) fits with {min(tokens, 2048)} "
             f"tokens: edgeft export MODEL --device {found.device.name}"
