@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install dev test test-slow test-reference lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean
+.PHONY: help demo install dev test test-slow test-reference lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger bench-onnx parity kill clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-fit: dev ## types chosen for a size against llama.cpp's mixtures
 
 bench-ledger: dev ## every way to ship the run of the demo, in one ledger
 	$(BIN)/python benchmarks/ledger.py demo/run --work .cache/ledger
+
+bench-onnx: dev ## peak memory of an ONNX export
+	$(BIN)/python benchmarks/onnx_export.py
 
 parity: dev ## every tensor against llama.cpp's own converter and quantizer
 	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
