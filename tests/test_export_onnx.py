@@ -375,7 +375,8 @@ def test_running_without_onnxruntime_names_the_smaller_extra(
 
 
 @pytest.mark.parametrize(
-    "call", ["onnx_quantize.quantize(numpy.ones((1, 32), 'f4'), 4, settings)", "onnx_graph._builder_module().__enter__()"]
+    "call",
+    ["onnx_quantize.quantize(numpy.ones((1, 32), 'f4'), 4, settings)", "onnx_graph._builder_module().__enter__()"],
 )
 def test_telemetry_is_off_before_onnxruntime_is_imported(call: str) -> None:
     code = f"""
