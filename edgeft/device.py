@@ -128,7 +128,7 @@ def parse_profile(text: str, file: str) -> DeviceProfile:
         flash_attention=_flag(document, "flash_attention", True, file),
         kernels=_kernels(document, file),
         file=file,
-        **figures,
+        **figures,  # type: ignore[arg-type]
     )
     if profile.usable <= 0:
         raise ConfigError(f"{file}: reserve: {profile.reserve.value:g} bytes are not less than memory")

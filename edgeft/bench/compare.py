@@ -38,7 +38,8 @@ def compared(facts: ModelFacts, device: DeviceProfile, found: Measured, tokens: 
         Compared("decode_full", found.decode_full_tps.median, decode(facts, device, past).value),
         Compared("prefill", found.prefill_tps.median, prefill(facts, device).value),
     ]
-    if found.peak_bytes is not None:
+    filled = found.prompt_tokens + tokens >= 0.9 * found.context
+    if found.peak_bytes is not None and filled:  # a forecast is of the most that a context can take
         total = memory(facts, device, Settings(found.context)).total
         pairs.append(Compared("peak_bytes", found.peak_bytes, total))
     return pairs

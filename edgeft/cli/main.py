@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("edgeft.cli.verify:verify", "Prove that a file answers as the trained model does."),
     "diff": ("edgeft.cli.diff:diff", "What sets two artifacts apart: metadata, types, tensors, answers."),
     "eval": ("edgeft.cli.evaluate:evaluate", "Exact match, loss and speed of a model on held-out data."),
+    "bench": ("edgeft.cli.bench:bench", "Speed, memory and cost of a model on this machine."),
     "package": ("edgeft.cli.package:package", "Pack a model with all it needs to run on a device, offline."),
     "install": ("edgeft.cli.install:install", "Install a bundle on this machine; roll back, uninstall."),
     "data": ("edgeft.cli.data:data", "Check, prepare and split data sets."),
