@@ -16,6 +16,7 @@ from edgeft.train.config import TrainConfig
 from edgeft.train.cross_entropy import CHUNK_BYTES
 from edgeft.train.hardware import Hardware, matmul_rate
 from edgeft.train.packing import Schedule, schedule
+from edgeft.train.ternary_settings import effective_ramp, is_ternary
 
 # torch, transformers, peft, trl and bitsandbytes, imported and idle (measured: 0.51 GB).
 LIBRARIES_BYTES = 550_000_000
@@ -124,6 +125,7 @@ def make_plan(
     plan = schedule(lengths, micro, per_step, config.epochs, config.seed, prefix)
     if config.target:
         begin = f"after {config.quantize_after:.0%} of the steps" if config.quantize_after else "from the first step"
+        begin += " and gradually" if is_ternary(config) and effective_ramp(config) else ""
         reasons["rounding"] = f"as {config.target} stores weights, {begin}: the file will be what is trained"
     tokens, learned = sum(lengths), sum(map(learned_count, train))
     rate = matmul_rate(hardware, min(micro, 1024), shape.mlp, shape.hidden)
@@ -202,7 +204,9 @@ def memory_bytes(config: TrainConfig, shape: Shape, hardware: Hardware, micro: i
     size = 2 if hardware.dtype == "bfloat16" else 4
     embeddings = shape.parameters - shape.body
     if config.method == "full":
-        weights, trained = 4 * shape.parameters, 12 * shape.parameters
+        # Ternary training keeps latent weights beside the values of the file, and a teacher in the compute dtype.
+        latent = 4 * bool(config.target) + size * bool(config.teacher)
+        weights, trained = (4 + latent) * shape.parameters, 12 * shape.parameters
     else:
         # NF4: 4 bits, and a scale of 8 bits per 64 weights with a float32 per 256 scales.
         per_weight = 0.516 if config.method == "qlora" else size
