@@ -64,6 +64,9 @@ def read_shape_file(file: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(shape, dict) or not shape.keys() <= set(SETTINGS):
         raise UsageError(f"{file} is no shape", f"A JSON object with some of: {', '.join(SETTINGS)}.")
+    wrong = [name for name, value in shape.items() if not isinstance(value, int | float) or value < 0]
+    if wrong:
+        raise UsageError(f"{file}: {wrong[0]} is {shape[wrong[0]]!r}, not a number above 0")
     return shape
 
 
@@ -75,6 +78,8 @@ def _make(original: Path, folder: Path, shape: dict[str, Any], seed: int) -> Non
         raise UsageError(f"the tokenizer has {config.vocab_size} tokens, not {words}", "Leave out vocab_size.")
     for name, value in _whole(shape).items():
         setattr(config, name, value)
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UsageError(f"{config.num_attention_heads} heads cannot share {config.num_key_value_heads} pairs of keys")
     transformers.set_seed(seed)
     try:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
