@@ -142,7 +142,7 @@ def make_plan(
     made = TrainPlan(
         device=hardware.device,
         dtype=hardware.dtype,
-        autocast=config.method == "full" and hardware.dtype == "bfloat16",
+        autocast=config.method == "full" and not config.target and hardware.dtype == "bfloat16",
         micro_tokens=micro,
         per_step=per_step,
         steps=plan.steps,
@@ -204,9 +204,9 @@ def memory_bytes(config: TrainConfig, shape: Shape, hardware: Hardware, micro: i
     size = 2 if hardware.dtype == "bfloat16" else 4
     embeddings = shape.parameters - shape.body
     if config.method == "full":
-        # Ternary training keeps latent weights beside the values of the file, and a teacher in the compute dtype.
-        latent = 4 * bool(config.target) + size * bool(config.teacher)
-        weights, trained = (4 + latent) * shape.parameters, 12 * shape.parameters
+        weights, trained = 4 * shape.parameters, 12 * shape.parameters
+        if config.target:  # the values of the file beside latent weights, and a teacher, in the compute dtype
+            weights += size * (2 if config.teacher else 1) * shape.parameters
     else:
         # NF4: 4 bits, and a scale of 8 bits per 64 weights with a float32 per 256 scales.
         per_weight = 0.516 if config.method == "qlora" else size
@@ -215,7 +215,7 @@ def memory_bytes(config: TrainConfig, shape: Shape, hardware: Hardware, micro: i
         weights = layers + size * embeddings + rounded
         trained = 16 * _adapter_parameters(config, shape)
     per_layer = micro * size * (_KEPT_HIDDEN * shape.hidden + _KEPT_MLP * shape.mlp)
-    if config.dora or config.method == "full":
+    if config.dora or (config.method == "full" and not config.target):
         per_layer = round(per_layer * _UNFUSED)
     inputs = shape.layers * micro * size * shape.hidden
     activations = 2 * per_layer + inputs if recompute else shape.layers * per_layer

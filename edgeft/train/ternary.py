@@ -1,8 +1,8 @@
 """Training ternary models: all weights are trained, and what is computed with is what the file will hold.
 
-Every tensor that the file quantizes is kept twice. The model's parameters hold the file's values: s · T in the linear
-layers, the rounding of the exporter's own plan elsewhere (embedding, head, layers whose rows do not fill blocks of
-256). Beside them lie the latent weights that those are rounded from. A gradient with respect to the values counts as
+Every trained tensor is kept twice. The model's parameters hold the file's values, in the dtype that is computed in:
+s · T in the linear layers, the rounding of the exporter's own plan elsewhere (embedding, head, layers whose rows do not
+fill blocks of 256). Beside them lie the latent weights, in float32, that those are rounded from. A gradient with respect to the values counts as
 one with respect to the latent weights (straight-through estimator, Bengio et al. 2013, arXiv 1308.3432), so the
 optimizer finds the latent weights in the parameters' place while it steps, and nothing else in a step knows of them.
 
@@ -62,30 +62,37 @@ class Ramp:
 
 
 class Latent:
-    """One parameter, its latent weights, and the grid that they are rounded to."""
+    """One parameter, its latent weights, and the grid that they are rounded to; None: the file has them in float32."""
 
-    def __init__(self, parameter: Any, grid: GgmlGrid | TernaryGrid) -> None:
+    def __init__(self, parameter: Any, grid: GgmlGrid | TernaryGrid | None) -> None:
         self.parameter, self.grid = parameter, grid
-        self.weights = parameter.data
-        self._values = torch.empty_like(self.weights, memory_format=torch.contiguous_format)
+        self.values = parameter.data.contiguous()
+        self.weights = self.values.float().clone()
 
     def show_values(self) -> None:
-        self.parameter.data = self._values
+        self.parameter.grad, self.parameter.data = None, self.values
 
     def show_weights(self) -> None:
+        """With the gradient of the values for theirs."""
+        grad, self.parameter.grad = self.parameter.grad, None
         self.parameter.data = self.weights
+        self.parameter.grad = None if grad is None else grad.float()
 
     def round(self, share: float) -> None:
         """Make the values anew, `share` (λ) of the way from the latent weights to the grid."""
-        if share > 0:
-            self.grid.values(self.weights, self._values)
+        if self.grid is None or share == 0:
+            self.values.copy_(self.weights)
+            return
+        self.grid.values(self.weights, self.values)
         if share < 1:
-            self._values.copy_(self.weights.lerp(self._values, share) if share > 0 else self.weights)
+            self.values.copy_(self.weights.lerp(self.values.float(), share))
 
     def pack(self) -> Tensor:
         """As the file stores the values. Raises: ModelError when it would hold others than were computed with."""
+        assert self.grid is not None
         packed = self.grid.pack(self.weights)
-        if not torch.equal(self.grid.unpack(packed, self.weights.shape[1]), self._values.cpu()):
+        stored = self.grid.unpack(packed, self.weights.shape[1])
+        if not torch.equal(stored.to(self.values.dtype), self.values.cpu()):
             raise ModelError(f"{self.grid.name} does not hold the values of training", "Please report this.")
         return packed
 
@@ -118,7 +125,9 @@ class TernaryWeights:
         parameters = dict(model.named_parameters())
         if missing := set(self._kinds) - set(parameters):
             raise UnsupportedModel(f"the model has no parameter {sorted(missing)[0]}, which {self.target} quantizes")
-        self._tensors = {name: Latent(parameters[name], self._grids[kind]) for name, kind in self._kinds.items()}
+        for name, parameter in parameters.items():
+            kind = self._kinds.get(name)
+            self._tensors[name] = Latent(parameter, self._grids[kind] if kind else None)
         if self._bits == 8:
             ternary_activations.install(model, [name for name, kind in self._kinds.items() if kind in KINDS])
 
@@ -130,7 +139,6 @@ class TernaryWeights:
         with torch.no_grad():
             for tensor in self._tensors.values():
                 tensor.round(share)
-                tensor.show_values()
         self._step, self._current, self.ships = step, True, share == 1
 
     def begin_update(self) -> None:
@@ -139,18 +147,22 @@ class TernaryWeights:
             tensor.show_weights()
 
     def end_update(self) -> None:
-        """It has stepped."""
+        """It has stepped; the parameters are values again, those of before until `at_step`."""
+        for tensor in self._tensors.values():
+            tensor.show_values()
         self._current = False
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
         """See `edgeft.train.aware.Aware`."""
-        self.begin_update()
+        with torch.no_grad():
+            for tensor in self._tensors.values():
+                tensor.round(0)
         try:
             yield
         finally:
-            for tensor in self._tensors.values():
-                tensor.show_values()
+            self._current = False
+            self.at_step(self._step)
 
     def moved(self) -> None:
         """See `edgeft.train.aware.Aware`."""
@@ -163,5 +175,5 @@ class TernaryWeights:
 
     def save(self, folder: Path) -> None:
         """See `edgeft.train.aware.Aware`."""
-        packed = {name: (self._kinds[name], tensor.pack()) for name, tensor in self._tensors.items()}
+        packed = {name: (kind, self._tensors[name].pack()) for name, kind in self._kinds.items()}
         write_packed(folder, self.target, packed)

@@ -271,7 +271,7 @@ def _trainer(
         aware = make_aware(config, model, base, session.schedule.steps)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, local_files_only=True)
     trainer = PackedTrainer(model, tokenizer, session)
-    if config.method != "full":
+    if config.method != "full" or config.target:
         fused.install(trainer.model)
     if aware is not None:
         aware.install(trainer.model)
