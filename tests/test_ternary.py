@@ -31,6 +31,7 @@ from edgeft.train.ternary import Ramp
 from edgeft.train.ternary_grid import KINDS, LARGEST, LEAST, TernaryGrid, scales
 from edgeft.train.ternary_notes import ternary_notes
 from edgeft.verify.codes import check_codes
+from edgeft.verify.ternary_verdict import Figures, verdict
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated.*"),
@@ -210,6 +211,35 @@ def test_verify_proves_it(trained: Run, shipped: Path) -> None:
     assert abs(ledger["nll_file"] - trained.manifest().evaluation["nll_training_graph"]) < 2e-3
 
 
+def test_the_verdict_names_the_file_to_take(
+    trained: Run, shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "q8.gguf"
+    exporting.export(exporting.prepare(str(trained.path), "gguf-q8_0", out=other), Silent())
+    command = ["verify", str(trained.path), str(shipped), "--quick", "--tolerance", "top1=0.9", "--against", str(other)]
+    assert main(command) == 0
+    assert "Take the ternary file: as good and smaller" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["against"]
+    assert [file["name"] for file in found["files"]] == ["file.gguf", "q8.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("other", "choice"),
+    [
+        (Figures("b", 100, 1.0, 10.0), "Take b: as good, no larger"),
+        (Figures("b", 200, 1.0, 10.0), "Take the ternary file: as good and smaller"),
+        (Figures("b", 200, 0.9), "Take b, unless its size does not fit: it is better"),
+        (Figures("b", 101, 0.9), "Take b: it is better at equal bytes or less"),
+        (Figures("b", 100, 1.1), "Take the ternary file: it answers better"),
+    ],
+)
+def test_a_verdict_says_plainly_when_4_bits_are_better(other: Figures, choice: str) -> None:
+    said = verdict(Figures("a", 100, 1.0, 20.0), other)
+    assert said.startswith(choice)
+    assert ("0.50 times the speed" in said) == (other.tokens_per_s is not None)
+
+
 def test_another_target_gets_the_ternary_values(trained: Run, tmp_path: Path) -> None:
     file = tmp_path / "f16.gguf"
     prepared = exporting.prepare(str(trained.path), "gguf-f16", out=file)
@@ -286,7 +316,8 @@ def test_an_adapter_is_trained_over_a_ternary_file(shipped: Path, data: Path, tm
 def test_rows_that_do_not_fill_blocks_are_named(data: Path, tmp_path: Path) -> None:
     odd = tiny.write_loadable(tmp_path / "odd", **{**SHAPE, "intermediate_size": 320})
     config = ternary(odd, data, tmp_path / "run", epochs=1)
-    share, fallback, top, _ = ternary_notes(config, odd)
+    retrofit, share, fallback, top, _ = ternary_notes(config, odd)
+    assert "lose to 4 bits" in retrofit
     assert share.startswith("12 of 14 layer tensors become ternary (TQ2_0)")
     assert fallback == (
         "not ternary: ffn_down: 320 columns do not fill blocks of 256: Q4_0 instead of TQ2_0; they are trained "

@@ -2,9 +2,10 @@
 
 Every trained tensor is kept twice. The model's parameters hold the file's values, in the dtype that is computed in:
 s · T in the linear layers, the rounding of the exporter's own plan elsewhere (embedding, head, layers whose rows do not
-fill blocks of 256). Beside them lie the latent weights, in float32, that those are rounded from. A gradient with respect to the values counts as
-one with respect to the latent weights (straight-through estimator, Bengio et al. 2013, arXiv 1308.3432), so the
-optimizer finds the latent weights in the parameters' place while it steps, and nothing else in a step knows of them.
+fill blocks of 256). Beside them lie the latent weights, in float32, that those are rounded from. A gradient with
+respect to the values counts as one with respect to the latent weights (straight-through estimator, Bengio et al. 2013,
+arXiv 1308.3432), so the optimizer finds the latent weights in the parameters' place while it steps, and nothing else in
+a step knows of them.
 
 Rounding may come gradually: parameter = latent + λ · (value - latent), λ from 0 to 1 over the first part of the steps.
 """

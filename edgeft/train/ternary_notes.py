@@ -11,6 +11,11 @@ from edgeft.plugins import ConvertOptions, Source, TensorPlan
 from edgeft.train.config import TrainConfig
 from edgeft.train.ternary_settings import effective_ramp
 
+RETROFIT = (
+    "retrofit of trained weights: below 2 billion parameters, published ones lose to 4 bits at equal bytes; "
+    "edgeft verify RUN FILE --against FILE4 says what holds here"
+)
+
 _TOP = {"token_embd.weight": "embedding", "output.weight": "head"}
 
 
@@ -23,6 +28,7 @@ def ternary_notes(config: TrainConfig, base: Path) -> list[str]:
     kind = config.target.removeprefix("gguf-").upper()
     layers = [tensor for tensor in plan.tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
     return [
+        *([] if config.from_scratch else [RETROFIT]),
         _share(layers, kind),
         *_fallbacks(layers, kind),
         *_top(plan.tensors),
