@@ -337,6 +337,30 @@ def test_a_model_without_a_ternary_tensor_is_refused(data: Path, tmp_path: Path)
         train(ternary(narrow, data, tmp_path / "run"))
 
 
+def test_a_head_of_its_own_and_biases_are_trained_too(data: Path, tmp_path: Path) -> None:
+    other = tiny.write_loadable(tmp_path / "base", "qwen2", **SHAPE, tie_word_embeddings=False)
+    config = ternary(other, data, tmp_path / "run", epochs=1)
+    assert ternary_notes(config, other)[2:4] == [
+        "head: Q6_K, trained through that rounding",
+        "embedding: Q4_K, trained through that rounding",
+    ]
+    run, file = train(config).run, tmp_path / "file.gguf"
+    exporting.export(exporting.prepare(str(run.path), out=file), Silent())
+    values = model_values(run)
+    for name, stored in file_values(run, file).items():
+        assert torch.equal(stored, values[name]), name
+
+
+def test_in_bfloat16_the_graph_has_the_files_ternary_weights(base: Path, data: Path, tmp_path: Path) -> None:
+    run, file = train(ternary(base, data, tmp_path / "run", dtype="bfloat16")).run, tmp_path / "file.gguf"
+    exporting.export(exporting.prepare(str(run.path), out=file), Silent())
+    values, kinds = model_values(run), read_packed(run.packed).types
+    for name, stored in file_values(run, file).items():
+        assert values[name].dtype == torch.bfloat16
+        exact = stored if kinds.get(name) != "Q6_K" else stored.bfloat16().float()
+        assert torch.equal(exact, values[name].float()), name
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
