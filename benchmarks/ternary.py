@@ -42,7 +42,7 @@ SHAPE = {
     "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 512,
 }  # fmt: skip
 TRAIN, HELD_OUT, SEEDS_OF_DATA = 24_000, 300, 15
-EPOCHS, TUNE, STEP_TOKENS = 2.0, 0.1, 1024
+EPOCHS, TUNE, STEP_TOKENS = 1.5, 0.1, 1024
 RATES = (1e-3, 2e-3, 4e-3)
 KINDS: Mapping[str, dict[str, Any]] = {"ternary": {"target": "gguf-tq2_0"}, "full": {}}
 TEXT_TRAIN, TEXT_TEST = 150, 24
