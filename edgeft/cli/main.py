@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "models": ("edgeft.cli.models:models", "List, pull, import and remove models."),
     "devices": ("edgeft.cli.devices:devices", "Profiles of devices; what a model needs and does on them."),
     "jobs": ("edgeft.cli.jobs:jobs", "Long tasks in the background: start, watch, cancel, try again."),
+    "toolchain": ("edgeft.cli.toolchain:toolchain", "Exporters in environments of their own."),
     "config": ("edgeft.cli.config:config", "Show settings and where each one comes from."),
     "doctor": ("edgeft.cli.doctor:doctor", "What this installation can do, and what it lacks."),
 }
