@@ -38,7 +38,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def bundle(
-    folder: Path, version: str = "1.0", answer: str = tiny_gguf.ANSWER, *, name: str = "pet", more: int = 0, **about: str
+    folder: Path,
+    version: str = "1.0",
+    answer: str = tiny_gguf.ANSWER,
+    *,
+    name: str = "pet",
+    more: int = 0,
+    **about: str,
 ) -> Path:
     """A bundle without wheels, `more` bytes of ballast in it."""
     made = folder / f"{name}-{version}"
@@ -337,15 +343,16 @@ def test_a_full_disk_leaves_the_version_in_use(
     known: bool, tmp_path: Path, small_disk: Path, running: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to = dataclasses.replace(running, device=dataclasses.replace(running.device, root=str(small_disk)))
-    deploy(to, bundle(tmp_path, "1.0", "one", name="full"))
+    name = "full-before" if known else "full-later"
+    deploy(to, bundle(tmp_path, "1.0", "one", name=name))
     before = tree(small_disk)
     if not known:  # as if something else had taken the space meanwhile
         monkeypatch.setattr(host, "_check_space", lambda *_: None)
     with pytest.raises(WriteError, match="MB are free" if known else "no space left"):
-        deploy(to, bundle(tmp_path, "1.1", "two", name="full", more=9_000_000))
+        deploy(to, bundle(tmp_path, "1.1", "two", name=name, more=9_000_000))
     left = {name: content for name, content in tree(small_disk).items() if "incoming/" not in name}
     assert {name: content for name, content in left.items() if content != b""} == before
-    assert to.command("full", "x").stdout.strip() == "one"
+    assert to.command(name, "x").stdout.strip() == "one"
 
 
 def tree(folder: Path) -> dict[str, bytes | str]:
