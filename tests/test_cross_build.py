@@ -169,7 +169,7 @@ def test_a_wheel_is_built_checked_and_kept(march: str, expected: int, tmp_path: 
 @needs_compiler
 def test_what_does_not_compile_says_where(tmp_path: Path) -> None:
     with pytest.raises(EdgeftError, match=r"compiling failed: .*llama\.c:1.*error"):
-        cross_build.build("armv8-a", sdist=sdist(tmp_path, "wrong;"))
+        cross_build.build("armv8-a", sdist=sdist(tmp_path, "int wrong = ;"))
     assert cross_build.cached("armv8-a") is None
 
 

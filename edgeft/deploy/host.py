@@ -188,7 +188,7 @@ async def _stream(link: Link, parcel: Parcel, entry: Entry, start: int, outcome:
     good = start
     outcome.resume(entry, start)
     for index, chunk in enumerate(parcel.chunks(entry, start), start):
-        link.write("chunk", chunk, index=index)
+        await link.write("chunk", chunk, index=index)
         outcome.sent(entry, len(chunk))
         waiting.append(len(chunk))
         while len(waiting) >= WINDOW:
