@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 
 from edgeft.artifact import Artifact
-from edgeft.errors import UsageError
+from edgeft.errors import MissingDependency, UsageError
 from edgeft.plugins import ConvertOptions, Plan, Source, Support, Target
 from edgeft.progress import Progress
 
@@ -42,6 +42,8 @@ class OnnxConverter:
             return make_plan(source, target, options)
 
     def convert(self, plan: Plan, progress: Progress) -> Artifact:
+        if not (support := self.ready()).ok:  # before a folder is made
+            raise MissingDependency(support.reason, support.install)
         from .ggml import load
         from .onnx_write import convert
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 from edgeft.errors import ModelError, PluginError, UnsupportedModel, require
 from edgeft.models.quiet import quiet_libraries
 
-from .onnx_lazy import EXTRA, is_lazy, lazy
+from .onnx_lazy import EXTRA, is_lazy, lazy, telemetry_off
 from .onnx_weights import WeightReader, Weights
 
 _PATCHED = ("load_weights", "make_initializer", "save_model", "save_processing")
@@ -159,7 +158,7 @@ def _recipe(name: str, parameter: Any, weights: Weights, reader: WeightReader) -
 @contextlib.contextmanager
 def _builder_module() -> Iterator[Any]:
     """The builder, importable while it is used: it finds its own parts through `sys.path`."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    telemetry_off()
     for name in ("onnx_ir", "torch", "transformers", "onnxruntime"):
         require(name, EXTRA)
     models = require("onnxruntime_genai.models", EXTRA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,11 @@ EXTRA = "onnx-export"
 
 _VALUES = frozenset({"__bool__", "__float__", "__int__", "item", "numpy", "tolist", "cpu", "__array__"})
 """What asks for values and not for a tensor of later."""
+
+
+def telemetry_off() -> None:
+    """To be called before any of onnxruntime's packages is imported."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import numpy as np
 from edgeft.errors import require
 
 from .onnx_graph import Graph
-from .onnx_lazy import EXTRA
+from .onnx_lazy import EXTRA, telemetry_off
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -215,6 +215,7 @@ def quantize(weights: NDArray[np.float32], bits: int, settings: Settings, *, tab
 
 
 def _rounded(weights: NDArray[np.float32], bits: int, method: Method, settings: Settings) -> Blocks:
+    telemetry_off()
     helper, numpy_helper = require("onnx.helper", EXTRA), require("onnx.numpy_helper", EXTRA)
     tools = require("onnxruntime.quantization.matmul_nbits_quantizer", EXTRA)
     rows, blocks = len(weights), -(-weights.shape[1] // settings.block)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -344,3 +347,50 @@ def test_the_real_model_answers(smollm2_hf: Path, tmp_path: Path, opened: Any) -
         prompt = session.render([{"role": "user", "content": "What is the capital of France?"}])
         answer = "".join(delta.text for delta in session.generate(prompt, Sampling(max_tokens=20)))
         assert "Paris" in answer
+
+
+# --- What is missing, and what is never sent --------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["onnxruntime_genai", "onnx_ir", "onnx"])
+def test_a_missing_package_is_named_with_the_line_that_installs_it(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.write_model(tmp_path / "base")
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    assert export(base, "--to", "onnx-q4", out=tmp_path / "x-onnx") == 3
+    said = capsys.readouterr().err
+    assert module in said and "pip install 'edgeft[onnx-export]'" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_running_without_onnxruntime_names_the_smaller_extra(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = made(tiny.write_model(tmp_path / "base"), "--to", "onnx-fp32", out=tmp_path / "x-onnx")
+    for module in ("onnxruntime_genai", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert main(["run", str(out), "hello"]) == 3
+    assert "pip install 'edgeft[onnx]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["onnx_quantize.quantize(numpy.ones((1, 32), 'f4'), 4, settings)", "onnx_graph._builder_module().__enter__()"],
+)
+def test_telemetry_is_off_before_onnxruntime_is_imported(call: str) -> None:
+    code = f"""
+import os, sys
+import numpy
+from edgeft.converters import onnx_graph, onnx_quantize
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "onnxruntime":
+            print(os.environ.get("ORT_DISABLE_TELEMETRY"))
+sys.meta_path.insert(0, Watch())
+settings = onnx_quantize.Settings(4, 8, 8)
+{call}
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeft.jobs.events import JobEvents
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
@@ -50,7 +52,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
 
 
 class ConsoleProgress:
-    """A bar on a terminal; elsewhere one plain line every ten seconds, so that logs stay readable."""
+    """A bar on a terminal; elsewhere one plain line every ten seconds, so that logs stay readable.
+
+    In a job (`edgeft jobs`) also lines of JSON, for whoever watches it.
+    """
 
     _INTERVAL_S = 10.0
 
@@ -60,11 +65,14 @@ class ConsoleProgress:
         self._label, self._unit = "", ""
         self._total: float | None = None
         self._done, self._last = 0.0, 0.0
+        self._events = JobEvents.from_environment()
 
     def start(self, label: str, total: float | None, unit: str = "") -> None:
         self.finish()
         self._label, self._total, self._unit = label, total, unit
         self._done, self._last = 0.0, time.monotonic()
+        if self._events:
+            self._events.start(label, total, unit)
         if not sys.stderr.isatty():
             note(f"{label} …")
             return
@@ -84,6 +92,8 @@ class ConsoleProgress:
 
     def advance(self, amount: float, note_text: str = "", /) -> None:
         self._done += amount
+        if self._events:
+            self._events.at(self._done, note_text)
         if self._bar is not None:
             self._bar.update(self._task, advance=amount, note=note_text)
         elif time.monotonic() - self._last >= self._INTERVAL_S:
@@ -92,6 +102,8 @@ class ConsoleProgress:
             note(f"{self._label}{share} {note_text}".rstrip())
 
     def finish(self) -> None:
+        if self._events:
+            self._events.finish()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
