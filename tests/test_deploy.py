@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import re
@@ -21,10 +22,10 @@ import tiny_gguf
 from sshd import Server, cable, free_port, needs_sshd, random_cuts, server
 
 from edgeft.bundle import MANIFEST, Entry, Target, encode, entries, read_bundle
-from edgeft.deploy import host, parcel
+from edgeft.deploy import agent, host, parcel
 from edgeft.deploy.parcel import CHUNK, WINDOW
 from edgeft.errors import CheckFailed, EdgeftError, ModelError, Unreachable, UsageError, WriteError
-from edgeft.package import build
+from edgeft.package import build, install, signing
 from edgeft.package.target import target_of
 
 pytestmark = needs_sshd
@@ -38,7 +39,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def bundle(
-    folder: Path, version: str = "1.0", answer: str = tiny_gguf.ANSWER, *, name: str = "pet", more: int = 0, **about: str
+    folder: Path,
+    version: str = "1.0",
+    answer: str = tiny_gguf.ANSWER,
+    *,
+    name: str = "pet",
+    more: int = 0,
+    **about: str,
 ) -> Path:
     """A bundle without wheels, `more` bytes of ballast in it."""
     made = folder / f"{name}-{version}"
@@ -195,6 +202,38 @@ def test_a_bundle_that_was_changed_never_leaves(tmp_path: Path, running: Server)
         deploy(running, made)
 
 
+def test_only_what_was_signed_with_the_key_leaves(tmp_path: Path) -> None:
+    public, strangers = signing.make_keys(tmp_path / "a.pem"), signing.make_keys(tmp_path / "b.pem")
+    made = bundle(tmp_path, name="signed")
+    signing.sign(made, tmp_path / "a.pem")
+    assert parcel.load(made, public).signature
+    with pytest.raises(CheckFailed, match="is not signed with"):
+        parcel.load(made, strangers)
+
+
+@pytest.mark.parametrize("path", ["../../.bashrc", "/etc/cron.d/x", "a/../../../x"])
+def test_the_agent_itself_writes_nothing_outside(path: str, tmp_path: Path) -> None:
+    files = agent.Files(str(tmp_path / "apps"), "pet")
+    manifest = json.dumps({"files": [{"path": path, "sha256": "0" * 64, "bytes": 0}]})
+    with pytest.raises(agent.Refused, match="not a path inside the bundle"):
+        agent.assemble(files, {"manifest": manifest, "signature": None})
+    assert [found.name for found in tmp_path.rglob("*") if found.is_file()] == ["bundle.json"]
+
+
+@pytest.mark.parametrize("name", ["../pet", "", ".hidden", "a/b"])
+def test_the_agent_refuses_names_that_climb(name: str, tmp_path: Path) -> None:
+    with pytest.raises(agent.Refused, match="is not a name"):
+        agent.Files(str(tmp_path), name)
+
+
+def test_the_agent_looks_where_the_installer_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert agent.default_root() == str(install.apps_root())
+    monkeypatch.delenv("EDGEFT_HOME")
+    for folder in (None, str(tmp_path)):
+        monkeypatch.setenv("XDG_DATA_HOME", folder) if folder else monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+        assert agent.default_root() == str(install.apps_root())
+
+
 # --- Who is at the other end ------------------------------------------------
 
 
@@ -337,15 +376,16 @@ def test_a_full_disk_leaves_the_version_in_use(
     known: bool, tmp_path: Path, small_disk: Path, running: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to = dataclasses.replace(running, device=dataclasses.replace(running.device, root=str(small_disk)))
-    deploy(to, bundle(tmp_path, "1.0", "one", name="full"))
+    name = "full-before" if known else "full-later"
+    deploy(to, bundle(tmp_path, "1.0", "one", name=name))
     before = tree(small_disk)
     if not known:  # as if something else had taken the space meanwhile
         monkeypatch.setattr(host, "_check_space", lambda *_: None)
     with pytest.raises(WriteError, match="MB are free" if known else "no space left"):
-        deploy(to, bundle(tmp_path, "1.1", "two", name="full", more=9_000_000))
+        deploy(to, bundle(tmp_path, "1.1", "two", name=name, more=9_000_000))
     left = {name: content for name, content in tree(small_disk).items() if "incoming/" not in name}
     assert {name: content for name, content in left.items() if content != b""} == before
-    assert to.command("full", "x").stdout.strip() == "one"
+    assert to.command(name, "x").stdout.strip() == "one"
 
 
 def tree(folder: Path) -> dict[str, bytes | str]:

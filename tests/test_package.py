@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 import tiny_gguf
 
-from edgeft.bundle import MANIFEST, Bundle, Target, decode, encode, read_bundle, safe_path, version_key
+from edgeft.bundle import MANIFEST, Bundle, Target, check_files, decode, encode, read_bundle, safe_path, version_key
 from edgeft.cli.main import main
 from edgeft.errors import CheckFailed, EdgeftError, ModelError, UsageError
 from edgeft.package import archives, build, formats, install, signing, wheels
 from edgeft.package.target import target_of
 
+needs_skopeo = pytest.mark.skipif(shutil.which("skopeo") is None, reason="skopeo is not installed")
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is not installed")
 
 
@@ -462,6 +463,21 @@ def test_an_image_holds_what_its_digests_say(tmp_path: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(layer)) as archive:
         assert "bundle/bundle.json" in archive.getnames()
         assert "bundle/model/model.gguf" in archive.getnames()
+
+
+@needs_skopeo
+def test_skopeo_reads_the_image_and_copies_it(tmp_path: Path) -> None:
+    file = packed(tmp_path, "oci")
+    shown = subprocess.run(["skopeo", "inspect", f"oci-archive:{file}"], check=True, capture_output=True, text=True)
+    about = json.loads(shown.stdout)
+    assert about["Labels"]["org.opencontainers.image.title"] == "pet"
+    assert (about["Os"], about["Architecture"]) == ("linux", formats._DEBIAN[target_of("local").architecture])
+    copy = ["skopeo", "--insecure-policy", "copy", "--quiet", f"oci-archive:{file}", f"dir:{tmp_path / 'copy'}"]
+    subprocess.run(copy, check=True, capture_output=True)  # every digest and size is compared on the way
+    layer = tmp_path / "copy" / about["Layers"][0].removeprefix("sha256:")
+    with tarfile.open(layer) as archive:
+        archive.extractall(tmp_path / "root", filter="data")
+    check_files(tmp_path / "root" / "bundle", read_bundle(tmp_path / "root" / "bundle"))
 
 
 def test_ollama_gets_a_file_it_understands(tmp_path: Path) -> None:
