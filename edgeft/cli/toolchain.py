@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, note, print_json, print_table
+from edgeft.cli.toolchain_build import build
 
 
 @click.group()
@@ -74,3 +75,6 @@ def remove(name: str, dry_run: bool) -> None:
     if not dry_run:
         work.remove(wanted)
     note(f"{'would remove' if dry_run else 'removed'} {work.toolchains_dir() / name}")
+
+
+toolchain.add_command(build)
