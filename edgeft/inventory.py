@@ -48,7 +48,7 @@ def _models() -> Iterator[Item]:
     for model in stored_models():
         size = f"{model.bytes / 1e6:.0f} MB"
         bits = f", {model.bits_per_weight:g} bits per weight" if model.bits_per_weight else ""
-        follow = ("chat", model.name) if model.here else ("models", "pull", model.name)
+        follow: tuple[str, ...] = ("chat", model.name) if model.here else ("models", "pull", model.name)
         if model.kind == "import":
             follow = ("train", "--model", str(model.path), "--data", "smart-home")
         yield Item("model", model.name, "here" if model.here else "not pulled", size + bits, follow)
