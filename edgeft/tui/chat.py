@@ -29,7 +29,9 @@ from edgeft.tui.settings import SettingsScreen, State
 from edgeft.tui.talk import Prompt, Said, as_file
 
 PAGE = 60
-"""Messages that are drawn; older ones are drawn when they are asked for."""
+"""Messages that are drawn; older ones are in the history."""
+TOO_LATE_S = 1.0
+"""Esc so soon after the end of an answer meant to stop it, not to leave."""
 
 
 class ChatScreen(Screen[None]):
@@ -68,6 +70,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         self.conversation = Conversation(_lasting(model), "", None, self._history)
         self._usage: Usage | None = None
         self._retries = 0
+        self._ended = 0.0
 
     def compose(self) -> ComposeResult:
         yield VerticalScroll(id="talk")
@@ -160,7 +163,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         except EdgeftError as error:
             self._failed(error)
         finally:
-            self._usage = usage
+            self._usage, self._ended = usage, time.monotonic()
             self._keep(lambda: conversation.end_answer(text, usage))
             await said.end(text, stopped=usage is None or usage.finish_reason == "cancel")
             if usage is not None:
@@ -202,7 +205,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
             self._process.cancel()
         elif self.focused is not self.query_one(Prompt):
             self.query_one(Prompt).focus()
-        else:
+        elif time.monotonic() - self._ended > TOO_LATE_S:
             self.app.pop_screen()
 
     async def _stopped(self) -> None:
