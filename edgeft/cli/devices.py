@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from edgeft.cli._output import json_option, note, print_json, print_table
+from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, note, print_json, print_table
 
 if TYPE_CHECKING:
     from edgeft.device import DeviceProfile
@@ -54,15 +55,21 @@ def _row(profile: DeviceProfile) -> tuple[object, ...]:
 @json_option
 def show(name: str, as_json: bool) -> None:
     """One device: every figure, how it was found and where it is from."""
-    from edgeft.device import Figure, load_profile
+    from edgeft.device import load_profile
 
     profile = load_profile(name)
     if as_json:
         print_json(profile.as_dict())
-        return
-    values = {key: getattr(profile, key) for key in profile.as_dict() if key != "file"}
+    else:
+        _show_profile(profile)
+
+
+def _show_profile(profile: DeviceProfile) -> None:
+    from edgeft.device import Figure
+
+    values = {key: getattr(profile, key) for key in profile.as_dict() if key not in ("file", "kernels")}
     for key, value in values.items():
-        if not isinstance(value, Figure) and value:
+        if not isinstance(value, (Figure, bool)) and value:
             click.echo(f"{key:<14}{' '.join(value) if isinstance(value, tuple) else value}")
     click.echo()
     rows = [
@@ -71,6 +78,13 @@ def show(name: str, as_json: bool) -> None:
         if isinstance(figure, Figure)
     ]
     print_table(("figure", "value", "unit", "basis", "source"), rows)
+    if profile.kernels:
+        click.echo()
+        kernels = [
+            (each.type, each.decode.value, each.prefill.value, "yes" if each.repacked else "no", each.decode.source)
+            for each in profile.kernels
+        ]
+        print_table(("weights", "decode GB/s", "prompt GOPS", "repacked", "source"), kernels)
 
 
 _UNITS = {
@@ -80,7 +94,38 @@ _UNITS = {
     "prefill": "GOPS",
     "prefill_repacked": "GOPS",
     "storage": "MB/s",
+    "attention": "GB/s",
+    "overhead": "µs/layer",
+    "base": "bytes",
 }
+
+
+@devices.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Profile to write; default: the device `local`.")
+@click.option("--runtime", default="auto", show_default=True, help="Runtime whose kernels are measured.")
+@dry_run_option
+@json_option
+def probe(out: Path | None, runtime: str, dry_run: bool, as_json: bool) -> None:
+    """Measure this machine in less than 30 s; it is then the device `local`.
+
+    Small models with meaningless weights of every important type run through the runtime itself, at several numbers of
+    threads: what they reach is what its kernels give on this processor. Nothing is downloaded, nothing needs torch.
+    """
+    from edgeft.device import write_profile
+    from edgeft.paths import home
+    from edgeft.probe.measure import probe as measure
+
+    file = out or home() / "devices" / "local.toml"
+    if dry_run:
+        note(f"would measure {runtime} and write {file}")
+        return
+    found = measure(runtime, ConsoleProgress())
+    write_profile(found, file)
+    note(f"{file} written: --device {found.name if out is None else file}")
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _show_profile(found)
 
 
 @devices.command()
