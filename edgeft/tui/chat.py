@@ -44,13 +44,13 @@ class ChatScreen(Screen[None]):
         Binding("ctrl+o", "conversations", "Old ones"),
         Binding("ctrl+t", "settings", "Settings"),
         Binding("ctrl+b", "branch", "Branch", show=False),
-        Binding("ctrl+e", "edit", "Edit last", show=False),
+        Binding("f2", "edit", "Edit last", show=False),
         Binding("ctrl+g", "save", "Save as Markdown", show=False),
-        Binding("ctrl+y", "copy_command", "Copy command", show=False),
+        Binding("f3", "copy_command", "Copy command", show=False),
     ]
     HELP = """**Enter** sends, **Shift+Enter** or **Ctrl+J** begins a new line; a paste is one message.
 
-**Esc** stops an answer and keeps what is there; with nothing to stop it goes back. **Ctrl+R** answers again, **Ctrl+E**
+**Esc** stops an answer and keeps what is there; with nothing to stop it goes back. **Ctrl+R** answers again, **F2**
 takes the last message back to edit it, **Ctrl+B** goes on in a copy. **Shift+Tab** goes up to the messages: **c**
 copies one, **k** the first code block in it, **e** edits it, **b** branches there. **Ctrl+O** lists and searches what
 was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **Ctrl+G** writes a file."""

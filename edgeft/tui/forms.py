@@ -92,12 +92,12 @@ class FormScreen(Screen[None]):
         Binding("escape", "app.pop_screen", "Back"),
         Binding("ctrl+s", "start", "Start"),
         Binding("f5", "plan", "Plan"),
-        Binding("ctrl+y", "copy", "Copy command"),
+        Binding("f3", "copy", "Copy command"),
     ]
     HELP = """Every field is an option of the command above, which follows what you type.
 
 **F5** shows what would be done, and writes nothing. **Ctrl+S** starts it: long work as a job, which goes on when
-this screen closes. **Ctrl+Y** copies the command. **Tab** goes to the next field."""
+this screen closes. **F3** copies the command. **Tab** goes to the next field."""
 
     def __init__(self, commands: click.Group, path: Sequence[str], start: Callable[[tuple[str, ...]], None]) -> None:
         super().__init__()
