@@ -71,9 +71,10 @@ def made_up(shape: Shape, *, rate: float, gops: float, overhead: float, attentio
         return facts.streamed() / rate / 1e9 + shape.layers * overhead * 1e-6 + kept / attention / 1e9
 
     middle = TOKENS // 2
+    prompt = gops * 1e9 / 2 / shape.weights
     return Timing(
-        shape, "xllamacpp", begun, seconds(begun + middle), past, seconds(past + middle), gops * 1e9 / 2 / shape.weights,
-        30_000_000, 1088, 100_000_000,
+        shape, "xllamacpp", begun, seconds(begun + middle), past, seconds(past + middle), prompt, 30_000_000,
+        1088, 100_000_000,
     )  # fmt: skip
 
 
