@@ -18,7 +18,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("gguf", "safetensors", "tokenizers"),
     "train": ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "matplotlib", "psutil"),
     "tui": ("textual",),
-    "deploy": ("cryptography", "zstandard"),
+    "deploy": ("asyncssh", "cryptography", "zstandard"),
     "onnx": ("onnxruntime", "onnxruntime_genai", "numpy", "jinja2", "tokenizers"),
     "onnx-export": ("onnx", "onnx_ir", "torch", "transformers"),
 }
