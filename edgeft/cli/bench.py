@@ -151,7 +151,7 @@ def _measure(settings: Settings, book: Book) -> tuple[list[Result], bool]:
             results.append(result)
     except KeyboardInterrupt:
         # Between keeping a result and handing it over there is time for Ctrl-C.
-        kept = [result for job in settings.jobs() if (result := book.find(job))]
+        kept: list[Result] = [result for job in settings.jobs() if (result := book.find(job))]
         return [*kept, *(result for result in results if isinstance(result, Refused))], True
     finally:
         progress.finish()
