@@ -151,8 +151,8 @@ def _measure(settings: Settings, book: Book) -> tuple[list[Result], bool]:
             results.append(result)
     except KeyboardInterrupt:
         # Between keeping a result and handing it over there is time for Ctrl-C.
-        kept: list[Result] = [result for job in settings.jobs() if (result := book.find(job))]
-        return [*kept, *(result for result in results if isinstance(result, Refused))], True
+        kept = [found for job in settings.jobs() if (found := book.find(job))]
+        return [*kept, *(each for each in results if isinstance(each, Refused))], True
     finally:
         progress.finish()
     return results, False
