@@ -17,6 +17,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "device": ("xllamacpp", "numpy", "jinja2"),
     "export": ("gguf", "safetensors", "tokenizers"),
     "train": ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "matplotlib", "psutil"),
+    "bench": ("matplotlib",),
     "tui": ("textual", "textual_plotext"),
     "deploy": ("asyncssh", "cryptography", "zstandard"),
     "onnx": ("onnxruntime", "onnxruntime_genai", "numpy", "jinja2", "tokenizers"),
