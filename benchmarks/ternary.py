@@ -42,10 +42,10 @@ SHAPE = {
     "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 512,
 }  # fmt: skip
 TRAIN, HELD_OUT, SEEDS_OF_DATA = 24_000, 300, 15
-EPOCHS, TUNE, STEP_TOKENS = 1.5, 0.1, 1024
+EPOCHS, TUNE, STEP_TOKENS = 1.0, 0.1, 1024
 RATES = (1e-3, 2e-3, 4e-3)
 KINDS: Mapping[str, dict[str, Any]] = {"ternary": {"target": "gguf-tq2_0"}, "full": {}}
-TEXT_TRAIN, TEXT_TEST = 150, 24
+TEXT_TRAIN, TEXT_TEST = 77, 24
 
 Cells = dict[str, Any]
 
@@ -193,7 +193,7 @@ def retrofit_smollm2(work: Path) -> dict[str, Any]:
 
     config = TrainConfig(
         MODEL, str(work / "text"), work / "runs" / "smollm2", method="full", target="gguf-tq2_0", teacher=0.5,
-        learning_rate=2e-4, epochs=3, patience=0, keep=1, save_every=20, batch_tokens=512, micro_tokens=512,
+        learning_rate=2e-4, epochs=2, patience=0, keep=1, save_every=10, batch_tokens=512, micro_tokens=512,
     )  # fmt: skip
     return run_training(config)
 
@@ -203,7 +203,7 @@ def retrofit_lora(work: Path) -> dict[str, Any]:
     from edgeft.train import TrainConfig
 
     config = TrainConfig(
-        MODEL, str(work / "text"), work / "runs" / "lora", method="lora", target="gguf-q4_0", epochs=3, patience=0,
+        MODEL, str(work / "text"), work / "runs" / "lora", method="lora", target="gguf-q4_0", epochs=2, patience=0,
         keep=1, save_every=20, batch_tokens=512, micro_tokens=512,
     )  # fmt: skip
     return run_training(config)
