@@ -339,7 +339,7 @@ def twins(cells: Cells) -> dict[str, Any] | None:
 
 
 def verdicts(cells: Cells) -> dict[str, str]:
-    from edgeft.verify.ternary_verdict import Figures, verdict
+    from edgeft.ternary_verdict import Figures, verdict
 
     def figures(name: str) -> Figures | None:
         known = next((cells[at] for at in (f"file/{name}", f"text/{name}") if at in cells), None)

@@ -25,13 +25,13 @@ from edgeft.plugins import AdapterScale, LoadOptions, Source
 from edgeft.progress import Silent
 from edgeft.run import Run
 from edgeft.sessions import open_session
+from edgeft.ternary_verdict import Figures, verdict
 from edgeft.train import Interrupted, read_config, train
 from edgeft.train import ternary_activations as activations
 from edgeft.train.ternary import Ramp
 from edgeft.train.ternary_grid import KINDS, LARGEST, LEAST, TernaryGrid, scales
 from edgeft.train.ternary_notes import ternary_notes
 from edgeft.verify.codes import check_codes
-from edgeft.verify.ternary_verdict import Figures, verdict
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated.*"),
