@@ -264,7 +264,10 @@ def test_what_the_builder_does_not_know_goes_through_optimum(kind: str, tmp_path
     config = transformers.AutoConfig.for_model(
         kind, vocab_size=tiny.TOKENS, bos_token_id=0, eos_token_id=1, **sizes[kind]
     )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(3 if parameter.dim() > 1 else 1)  # so that one token is clearly the most probable
+    model.save_pretrained(base)
     refused = edgeft("export", base, "--to", "onnx-q4", "--out", tmp_path / "builder")
     assert refused.returncode == 1
     for target in ("onnx-fp32", "onnx-q4"):
