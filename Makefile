@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install dev test test-slow test-reference test-deploy test-arm64 lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean
+.PHONY: help demo install dev test test-slow test-reference test-deploy test-arm64 lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean bench-forecast
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench-runtime: dev ## decoding against the bare binding (builds llama-cpp-python
 
 bench-fit: dev ## types chosen for a size against llama.cpp's mixtures
 	$(BIN)/python benchmarks/fit.py
+
+bench-forecast: dev ## forecasts against published speeds; docs/bench.md says how on this machine
+	$(BIN)/python benchmarks/forecast.py
 
 bench-ledger: dev ## every way to ship the run of the demo, in one ledger
 	$(BIN)/python benchmarks/ledger.py demo/run --work .cache/ledger

@@ -83,11 +83,12 @@ def kv_bytes(facts: ModelFacts, tokens: int, kv_type: str = "f16") -> int:
 def compute_bytes(facts: ModelFacts, context: int, *, flash_attention: bool = True) -> int:
     """Activations of one batch in float32, its mask over the context, and one row of logits.
 
-    Without flash attention there are scores of every head besides.
+    Without flash attention there are scores of every head besides, and a copy of them in 16 bits for the product with
+    the values (ggml-cpu converts the right side of a product to the left one's type in its work buffer).
     """
     batch = min(UBATCH, context)
     scores = 0 if flash_attention else facts.heads * batch * context
-    return 4 * (batch * (2 * facts.inner + 4 * facts.width) + batch * context + scores + facts.vocabulary)
+    return 4 * (batch * (2 * facts.inner + 4 * facts.width) + batch * context + facts.vocabulary) + (4 + 2) * scores
 
 
 def largest_context(facts: ModelFacts, needed: Callable[[int], int], room: int) -> int:

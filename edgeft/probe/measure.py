@@ -81,7 +81,7 @@ def _token_seconds(answers: Sequence[Answer]) -> float:
     return statistics.median(gap for answer in answers for gap in answer.gaps[_SETTLE:])
 
 
-def probe(runtime: str, progress: Progress, start: Start = run, size: int = _SIZE) -> DeviceProfile:
+def probe(runtime: str, progress: Progress, start: Start = run) -> DeviceProfile:
     """Measure this machine; takes less than 30 s.
 
     Raises:
@@ -90,7 +90,7 @@ def probe(runtime: str, progress: Progress, start: Start = run, size: int = _SIZ
         WriteError: no room for some 300 MB of temporary files.
     """
     began, found = time.monotonic(), machine()
-    size = min(size, max(found.memory - found.in_use, 0) // 8)
+    size = min(_SIZE, max(found.memory - found.in_use, 0) // 8)
     with tempfile.TemporaryDirectory(prefix="edgeft-probe-") as folder:
         bench = Bench(Path(folder), runtime, start)
         progress.start("Measuring", len(TYPES) + 1, "steps")
