@@ -235,7 +235,7 @@ def test_without_it_the_bundle_says_what_is_lost() -> None:
     choice = runtime.choose("gguf", PI5)
     assert choice.runtime == "xllamacpp"
     assert "xllamacpp" in projects(choice)
-    assert "holds no dot-product instructions, which Raspberry Pi 5, 8 GB has" in choice.warnings[0]
+    assert "holds no dot-product instructions, which rpi5-8g has" in choice.warnings[0]
     assert "edgeft toolchain build llama-cpp --device rpi5-8g" in choice.warnings[0]
 
 

@@ -22,10 +22,11 @@ import tiny_gguf
 from sshd import Server, cable, free_port, needs_sshd, random_cuts, server
 
 from edgeft.bundle import MANIFEST, Entry, Target, encode, entries, read_bundle
+from edgeft.cli.main import main
 from edgeft.deploy import agent, host, parcel
 from edgeft.deploy.parcel import CHUNK, WINDOW
 from edgeft.errors import CheckFailed, EdgeftError, ModelError, Unreachable, UsageError, WriteError
-from edgeft.package import build, install, signing
+from edgeft.package import archives, build, install, signing
 from edgeft.package.target import target_of
 
 pytestmark = needs_sshd
@@ -394,3 +395,43 @@ def tree(folder: Path) -> dict[str, bytes | str]:
         for path in sorted(folder.rglob("*"))
         if (path.is_file() or path.is_symlink()) and not path.name.startswith(".")
     }
+
+
+# --- The command ------------------------------------------------------------
+
+
+def flags(to: Server) -> list[str]:
+    device = to.device
+    words = ["--port", device.port, "--identity", device.identity[0], "--known-hosts", device.known_hosts]
+    return [str(word) for word in [*words, "--python", device.python]]
+
+
+def test_an_archive_is_deployed_by_the_command(
+    tmp_path: Path, running: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archives.write_tar_zst(bundle(tmp_path, name="packed"), tmp_path / "packed.tar.zst")
+    assert main(["deploy", str(tmp_path / "packed.tar.zst"), "127.0.0.1", *flags(running)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("1.0-")
+    assert f"127.0.0.1 says: {tiny_gguf.ANSWER}" in err
+    assert main(["deploy", "status", "127.0.0.1", "--name", "packed", *flags(running)]) == 0
+    assert "in use" in capsys.readouterr().out
+    assert main(["deploy", "rollback", "packed", "127.0.0.1", *flags(running)]) == 2
+    assert "packed has no version before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host_", "code"), [("127.0.0.1:1", 4), ("", 2)])
+def test_exit_codes(host_: str, code: int, tmp_path: Path, running: Server) -> None:
+    made = str(bundle(tmp_path))
+    assert main(["deploy", made, host_, "--retries", "0", *flags(running)]) == code
+
+
+def test_an_unknown_host_ends_with_the_code_of_checks(tmp_path: Path, running: Server) -> None:
+    (tmp_path / "none").write_text("")
+    words = [*flags(running), "--known-hosts", str(tmp_path / "none")]
+    assert main(["deploy", "status", "127.0.0.1", *words]) == 5
+
+
+def test_nothing_is_installed_there(running: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", "rollback", "nothing", "127.0.0.1", *flags(running)]) == 2
+    assert "no 'nothing' is installed" in capsys.readouterr().err

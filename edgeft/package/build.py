@@ -18,7 +18,7 @@ from edgeft.bundle import MANIFEST, NAME, VERSION, Bundle, Target, encode, entri
 from edgeft.errors import ModelError, UsageError, WriteError
 from edgeft.progress import Progress, Silent
 
-from . import sbom, signing, wheels
+from . import sbom, service, signing, wheels
 from .runtime import Choice, choose
 
 
@@ -221,6 +221,9 @@ def _add_texts(folder: Path, request: Request, content: Content) -> None:
         "licence": (model.licence if model else None) or "not known",
     }
     (folder / "README.txt").write_text(_template("README.txt").format(**values), encoding="utf-8")
+    (folder / "systemd").mkdir()
+    unit = folder / "systemd" / f"{request.name}.service"
+    unit.write_text(service.for_user(request.name), encoding="utf-8")
 
 
 def _template(name: str) -> str:

@@ -86,7 +86,7 @@ def expected_kernels(march: str) -> tuple[str, ...]:
 
 
 def folder(march: str) -> Path:
-    return paths.home() / "toolchains" / "llama-cpp" / march
+    return paths.home() / "wheels" / "llama-cpp" / march
 
 
 def cached(march: str) -> Built | None:

@@ -472,6 +472,9 @@ here=$(readlink -f {home}/current) || exit 1
 [ ! -d "$here/.site" ] || export PYTHONPATH="$here/.site"
 if [ $# -eq 0 ]; then
     exec {python} -s -m edgeft chat "$here"
+elif [ "$1" = --serve ]; then
+    shift
+    exec {python} -s -m edgeft serve "$here" "$@"
 fi
 exec {python} -s -m edgeft run "$here" "$*"
 """

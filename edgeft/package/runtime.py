@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeft.bundle import Target
-from edgeft.device import DeviceProfile
 from edgeft.errors import EdgeftError
 
 from . import cross_build, wheels
@@ -55,24 +54,23 @@ def choose(format_: str, target: Target, given: Sequence[Path] = ()) -> Choice:
 def _cross_built(target: Target) -> tuple[Path | None, tuple[str, ...]]:
     """The wheel for the device, or what is lost without it."""
     try:
-        profile = profile_of(target.device)
-        march = cross_build.march_of(profile)
+        march = cross_build.march_of(profile_of(target.device))
     except EdgeftError:  # a device described by flags alone
         return None, (_LOSS.format(what="this processor may have", device="NAME"),)
     built = cross_build.cached(march)
     if built is None:
-        return None, _lost(profile, march)
+        return None, _lost(target.device, march)
     needed = re.search(r"manylinux_2_(\d+)_", built.wheel.name)
     if needed and int(needed[1]) > int(target.glibc.split(".")[1]):
         said = f"{built.wheel.name} needs glibc 2.{needed[1]}, the device has {target.glibc}; xllamacpp is taken"
-        return None, (said, *_lost(profile, march))
+        return None, (said, *_lost(target.device, march))
     return built.wheel, ()
 
 
-def _lost(profile: DeviceProfile, march: str) -> tuple[str, ...]:
+def _lost(device: str, march: str) -> tuple[str, ...]:
     if not cross_build.expected_kernels(march):
         return ()
-    return (_LOSS.format(what=f"{profile.title} has", device=profile.name),)
+    return (_LOSS.format(what=f"{device} has", device=device),)
 
 
 # The factor: LFM2-350M Q6_K on a Raspberry Pi 5, 86 to 224 tokens/s of prompt (llama.cpp pull request 19360).
