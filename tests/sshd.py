@@ -65,9 +65,7 @@ def server(folder: Path, *, address: str = "127.0.0.1", inside: Sequence[str] = 
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*inside, SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
     try:
-        device = Device(
-            address, None, port, (folder / "client_key",), folder / "known_hosts", python=sys.executable
-        )
+        device = Device(address, None, port, (folder / "client_key",), folder / "known_hosts", python=sys.executable)
         _wait_until_open(address, port, process, folder / "log")
         yield Server(device, home, process)
     finally:

@@ -38,7 +38,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def bundle(
-    folder: Path, version: str = "1.0", answer: str = tiny_gguf.ANSWER, *, name: str = "pet", more: int = 0, **about: str
+    folder: Path,
+    version: str = "1.0",
+    answer: str = tiny_gguf.ANSWER,
+    *,
+    name: str = "pet",
+    more: int = 0,
+    **about: str,
 ) -> Path:
     """A bundle without wheels, `more` bytes of ballast in it."""
     made = folder / f"{name}-{version}"

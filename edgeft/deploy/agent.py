@@ -24,7 +24,8 @@ import signal
 import subprocess
 import sys
 import time
-from typing import IO, Any, Iterator
+from collections.abc import Iterator
+from typing import IO, Any
 
 IDLE_S = 120
 """A sender that is silent for so long is gone."""

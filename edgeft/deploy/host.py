@@ -182,9 +182,7 @@ async def send(link: Link, parcel: Parcel, entry: Entry, outcome: Outcome, progr
     await link.call("finish")
 
 
-async def _stream(
-    link: Link, parcel: Parcel, entry: Entry, start: int, outcome: Outcome, progress: Progress
-) -> int:
+async def _stream(link: Link, parcel: Parcel, entry: Entry, start: int, outcome: Outcome, progress: Progress) -> int:
     """Send chunks until the end or until one is refused; returns the number of those the device has."""
     waiting: deque[int] = deque()
     good = start
