@@ -18,6 +18,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("gguf", "safetensors", "tokenizers"),
     "train": ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "matplotlib", "psutil"),
     "tui": ("textual",),
+    "serve": ("starlette", "uvicorn", "prometheus_client"),
+    "otel": ("opentelemetry",),
     "deploy": ("asyncssh", "cryptography", "zstandard"),
     "onnx": ("onnxruntime", "onnxruntime_genai", "numpy", "jinja2", "tokenizers"),
     "onnx-export": ("onnx", "onnx_ir", "torch", "transformers"),
