@@ -111,7 +111,9 @@ def read_reference(path: Path) -> Reference:
         if any(len(counts[name]) != len(found) + 1 for name, found in edges.items()):
             raise ValueError("bins and edges do not agree")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} is not a baseline: {error}", "Make one: edgeft monitor --save-baseline FILE") from error
+        raise DataError(
+            f"{path} is not a baseline: {error}", "Make one: edgeft monitor --save-baseline FILE"
+        ) from error
     return Reference(edges, counts)
 
 

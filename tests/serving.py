@@ -47,9 +47,7 @@ class Serving:
         """Events of a streamed answer; leaving early closes the connection."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
         body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": True, **more}
-        connection.request(
-            "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
-        )
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
         assert response.status == 200, response.read()
         try:
@@ -95,6 +93,7 @@ def serving(folder: Path, *arguments: str, **environment: str) -> Iterator[Servi
     line = process.stdout.readline().decode().strip()
     if not line:
         process.wait()
+        process.stdout.close()
         raise RuntimeError(errors.read_text())
     try:
         yield Serving(line.removesuffix("/v1"), process, errors)

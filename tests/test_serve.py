@@ -95,7 +95,6 @@ def test_stop_and_length_and_seed(client: openai.OpenAI) -> None:
     assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("one two", "stop")
     short = create(model="echo", messages=say("one two three"), max_completion_tokens=3)
     assert (short.choices[0].message.content, short.choices[0].finish_reason) == ("one", "length")
-    assert [create(model="echo", messages=say("dice"), temperature=1, seed=seed) for seed in ()] == []
     rolled = [
         create(model="echo", messages=say("dice"), temperature=1, seed=seed).choices[0].message.content
         for seed in (0, 1, 0)
@@ -356,7 +355,7 @@ def test_metrics(server: Serving) -> None:
     server.chat("count me")
     page = server.ask("/metrics")[1]
     for name in ("edgeft_requests_total", "edgeft_time_to_first_token_seconds_count", "edgeft_tokens_total"):
-        assert f'{name}{{' in page
+        assert f"{name}{{" in page
 
 
 def test_streams_may_finish_when_the_server_is_told_to_stop(tmp_path: Path) -> None:
@@ -399,6 +398,8 @@ def real(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.mark.model
 def test_a_real_model_streams_what_it_answers_whole(real: openai.OpenAI) -> None:
     asked: Any = {"model": "smollm2", "messages": say("Name a colour."), "max_tokens": 12, "temperature": 0}
+    # Once before: with its prompt in the cache a model computes the last token in a smaller batch, and rounds otherwise.
+    real.chat.completions.create(**asked)
     whole = real.chat.completions.create(**asked).choices[0].message.content
     stream = real.chat.completions.create(**asked, stream=True)
     assert whole and "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import itertools
 import json
 import random
 import threading
@@ -66,7 +67,7 @@ CALL = '{"name": "light", "arguments": {"room": "hall"}}'
 def read(text: str, cuts: list[int]) -> tuple[str, list[Any]]:
     reader, out = CallReader(["light"]), ""
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         out += reader.push(text[begin:end])
     rest, calls = reader.finish()
     return out + rest, [json.loads(call["function"]["arguments"]) for call in calls]

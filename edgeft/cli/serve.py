@@ -36,7 +36,9 @@ Examples:
 @click.option("--queue", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")
 @click.option("--rate", type=click.IntRange(1), help="Requests a minute per key; default: no limit.")
 @click.option("--timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds per answer.")
-@click.option("--grace", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds to finish at the end.")
+@click.option(
+    "--grace", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds to finish at the end."
+)
 @click.option("--body-limit", type=click.IntRange(1024), default=4 << 20, show_default=True, help="Bytes per request.")
 @click.option("--log", type=click.Path(path_type=Path), help="Request log (SQLite).  [default: in edgeft's folder]")
 @click.option("--no-log", is_flag=True, help="Keep no request log.")

@@ -71,5 +71,7 @@ def parse_split(text: str) -> Split:
     except ValueError:
         share = -1.0
     if not name or len(parts) not in (2, 3) or not all(parts) or not 0 <= share <= 1:
-        raise UsageError(f"not a split: {text}", "Write NAME=FIRST,SECOND or NAME=FIRST,SECOND,SHARE, SHARE from 0 to 1.")
+        raise UsageError(
+            f"not a split: {text}", "Write NAME=FIRST,SECOND or NAME=FIRST,SECOND,SHARE, SHARE from 0 to 1."
+        )
     return Split(name, parts[0], parts[1], share)

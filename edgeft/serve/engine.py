@@ -119,8 +119,9 @@ class Engine:
         said = await self._read()
         if said is None or "failed" in said:
             code = await self._process.wait()
-            failed = said["failed"] if said else {"message": f"the model's process ended {_ending(code)}", "hint": None}
-            raise ModelError(failed["message"], failed["hint"])
+            if said is None:
+                raise ModelError(f"the model's process ended {_ending(code)}")
+            raise ModelError(said["failed"]["message"], said["failed"]["hint"])
         self.loaded = Loaded(**said["loaded"])
         self._up.set()
         return self.loaded
@@ -148,8 +149,8 @@ class Engine:
             with contextlib.suppress(ModelError):
                 await self._spawn()
                 return
-            for job in self._queue.drain():
-                job.end(Failed(503, "the model cannot be loaded", "server_error", "model_unavailable", None, 30))
+            for waiting in self._queue.drain():
+                waiting.end(Failed(503, "the model cannot be loaded", "server_error", "model_unavailable", None, 30))
 
     async def close(self) -> None:
         """End the process; requests that are left get an error."""
@@ -170,10 +171,10 @@ class Engine:
 
     def fail_all(self, failed: Failed) -> None:
         """End the answer that is being written and all that wait, with an error."""
-        for job in self._queue.drain():
-            job.end(failed)
-        if job := self._current:
-            job.abort(failed)
+        for waiting in self._queue.drain():
+            waiting.end(failed)
+        if self._current:
+            self._current.abort(failed)
 
     # --- Requests -----------------------------------------------------------
 

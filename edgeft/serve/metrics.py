@@ -21,7 +21,9 @@ class Metrics:
         self._errors = Counter("edgeft_errors", "Requests that got an error.", ["model", "code"], registry=registry)
         self._deferrals = Counter("edgeft_deferrals", "Answers of the cloud.", ["model", "reason"], registry=registry)
         self._tokens = Counter("edgeft_tokens", "Tokens read and written.", ["model", "kind"], registry=registry)
-        self._cost = Counter("edgeft_cost", "Spent on the cloud, in the currency of its prices.", one, registry=registry)
+        self._cost = Counter(
+            "edgeft_cost", "Spent on the cloud, in the currency of its prices.", one, registry=registry
+        )
         self._feedback = Counter("edgeft_feedback", "Ratings by readers.", ["model", "rating"], registry=registry)
         self._ttft = Histogram(
             "edgeft_time_to_first_token_seconds", "From arrival.", one, buckets=_SECONDS, registry=registry

@@ -64,7 +64,8 @@ class ChatReply(_Base):
         return [self._chunk({"role": "assistant", "content": ""})]
 
     def chunks(self, step: Step) -> list[dict[str, Any]]:
-        text, calls = self._reader.push(step.text), []
+        text = self._reader.push(step.text)
+        calls: list[dict[str, Any]] = []
         if step.usage:
             self._usage = step.usage
             rest, calls = self._reader.finish()

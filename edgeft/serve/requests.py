@@ -128,7 +128,7 @@ def _number(body: Mapping[str, Any], name: str, default: Any, kind: type, least:
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name)
-    if value not in (True, False, None) or isinstance(value, (int, float)) and not isinstance(value, bool):
+    if value not in (True, False, None) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         refuse(name, "must be true or false")
     return bool(value)
 

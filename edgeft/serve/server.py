@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -57,17 +59,18 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
         ready: called with the URL when requests can be answered.
 
     Raises:
+        KeyboardInterrupt: it was stopped by Ctrl-C; answers had their time to finish then, too.
         UsageError: the address is taken, or can be reached by others while there is no key.
         ModelError: a model cannot be loaded.
     """
     check_binding(settings.host, settings.keys)
     sock = _listen(settings.host, settings.port)
     try:
-        asyncio.run(_run(settings, sock, ready))
-    except KeyboardInterrupt:
-        pass  # uvicorn has stopped by then, and passes the signal on
+        interrupted = asyncio.run(_run(settings, sock, ready))
     finally:
         sock.close()
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -81,7 +84,8 @@ def _listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-async def _run(settings: Settings, sock: socket.socket, ready: Callable[[str], None]) -> None:
+async def _run(settings: Settings, sock: socket.socket, ready: Callable[[str], None]) -> bool:
+    """Whether it was Ctrl-C that ended it."""
     log = RequestLog(settings.log) if settings.log else None
     engines = [Engine(name, spec, settings.queue) for name, spec in settings.models]
     try:
@@ -104,7 +108,9 @@ async def _run(settings: Settings, sock: socket.socket, ready: Callable[[str], N
     )
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    await _Uvicorn(config, engines, settings.grace_s, lambda: ready(url)).serve([sock])
+    server = _Uvicorn(config, engines, settings.grace_s, lambda: ready(url))
+    await server.serve([sock])
+    return server.interrupted
 
 
 class _Uvicorn(uvicorn.Server):
@@ -115,6 +121,23 @@ class _Uvicorn(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._engines, self._grace_s, self._ready = engines, grace_s, ready
+        self.interrupted = False
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own would send itself the signal again at the end, and being told to stop is no failure."""
+        loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, self._signalled, number)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        self.interrupted |= number == signal.SIGINT
+        self.handle_exit(number, None)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -124,8 +147,7 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         _say("shutdown", grace_s=self._grace_s)
         timers = [
-            asyncio.get_running_loop().call_later(self._grace_s, engine.fail_all, _STOPPING)
-            for engine in self._engines
+            asyncio.get_running_loop().call_later(self._grace_s, engine.fail_all, _STOPPING) for engine in self._engines
         ]
         try:
             await super().shutdown(sockets)
@@ -162,5 +184,3 @@ def catalogue_of(engines: Sequence[Engine], splits: Sequence[Split]) -> Catalogu
 
 def _say(event: str, **values: object) -> None:
     print(json.dumps({"event": event, **values}, ensure_ascii=False), file=sys.stderr, flush=True)
-
-
