@@ -131,7 +131,8 @@ def _prepared(work: Work, adapter: str | None, system: str | None, confidence: b
 async def _embeddings(server: Server, request: HttpRequest, client: str) -> Response:
     server.gate.admit(client)
     await json_body(request, server.limits.body_bytes, server.limits.body_s)
-    raise Failed(501, "the runtimes at hand make no embeddings", code="not_supported")
+    # 404 and not 501: clients try again what ends with 5xx, and this stays as it is.
+    raise Failed(404, "the runtimes at hand make no embeddings", code="not_supported")
 
 
 async def _feedback(server: Server, request: HttpRequest, client: str) -> Response:
@@ -175,7 +176,7 @@ async def _metrics(server: Server, request: HttpRequest, client: str) -> Respons
 
 
 async def _openapi(server: Server, request: HttpRequest, client: str) -> Response:
-    return _json(description())
+    return _json(description(server.catalogue.names()))
 
 
 def _health(server: Server) -> Callable[[HttpRequest], Awaitable[Response]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgeft import __version__
+from edgeft.serve.requests import MANY
 
 Schema = dict[str, Any]
 
@@ -41,16 +42,15 @@ _FLAG: Schema = {"type": ["boolean", "null"]}
 _ANY: Schema = {"type": "object"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _FINISH: Schema = {"type": ["string", "null"], "enum": ["stop", "length", "tool_calls", None]}
-_MANY = (1 << 31) - 1
 
 _SAMPLING: dict[str, Schema] = {
     "temperature": _number(0, 2, "0 is greedy; default: the server's."),
     "top_p": _number(0, 1),
-    "top_k": _whole(0, _MANY, "Not OpenAI's."),
+    "top_k": _whole(0, MANY, "Not OpenAI's."),
     "min_p": _number(0, 1, "Not OpenAI's."),
     "repeat_penalty": _number(0, 10, "Not OpenAI's."),
     "seed": _whole(-(1 << 63), (1 << 63) - 1),
-    "max_tokens": _whole(1, _MANY),
+    "max_tokens": _whole(1, MANY),
     "stop": _either(_SOME_TEXT, _list(_SOME_TEXT, maxItems=4), _NULL),
     "n": {"enum": [1, None]},
     "frequency_penalty": {"enum": [0, None]},
@@ -132,19 +132,19 @@ def _answer(kind: str, choice: Schema) -> Schema:
 SCHEMAS: dict[str, Schema] = {
     "ChatRequest": _object(
         ("model", "messages"),
-        model=_SOME_TEXT,
+        model=_ref("Name"),
         messages=_list(_MESSAGE, minItems=1),
         tools=_either(_list(_TOOL), _NULL),
         tool_choice=_CHOICE,
         response_format=_FORMAT,
-        max_completion_tokens=_whole(1, _MANY),
+        max_completion_tokens=_whole(1, MANY),
         logprobs=_FLAG,
         top_logprobs=_whole(0, 20, "Needs logprobs."),
         **_SAMPLING,
     ),
     "TextRequest": _object(
         ("model", "prompt"),
-        model=_SOME_TEXT,
+        model=_ref("Name"),
         prompt=_either(_SOME_TEXT, _list(_SOME_TEXT, minItems=1, maxItems=1)),
         echo=_FLAG,
         best_of={"enum": [1, None]},
@@ -152,7 +152,7 @@ SCHEMAS: dict[str, Schema] = {
         suffix={"enum": ["", None]},
         **_SAMPLING,
     ),
-    "EmbeddingRequest": _object(("model", "input"), model=_SOME_TEXT, input=_either(_TEXT, _list(_TEXT))),
+    "EmbeddingRequest": _object(("model", "input"), model=_ref("Name"), input=_either(_TEXT, _list(_TEXT))),
     "Feedback": _object(
         ("id", "rating"), id=_TEXT, rating={"enum": ["up", "down"]}, comment={"type": ["string", "null"]}
     ),
@@ -211,14 +211,13 @@ _ERRORS = {
     400: "A request that cannot be done; `param` says which member",
     401: "No key, or a wrong one",
     403: "Without keys the server answers under loopback names only",
-    404: "No such model or answer",
+    404: "No such model or answer, or nothing here can do this",
     408: "The request came too slowly",
     413: "The request is too long",
     415: "The body is not application/json",
     429: "Too many wait, or this key asks too often; Retry-After says when to come back",
     499: "The client went away",
     500: "The model's process ended, or a fault in the server",
-    501: "The runtime cannot do this",
     503: "The model is being loaded, or the server is shutting down",
     504: "The answer took too long",
 }
@@ -251,7 +250,7 @@ def _streamed(schema: str, text: str) -> dict[str, Any]:
 
 
 def _paths() -> Mapping[str, Any]:
-    name = {"name": "model", "in": "path", "required": True, "schema": _SOME_TEXT}
+    name = {"name": "model", "in": "path", "required": True, "schema": _ref("Name")}
     page = {"description": "Prometheus text", "content": {"text/plain": {"schema": _TEXT}}}
     return {
         "/v1/chat/completions": _asks(
@@ -260,7 +259,7 @@ def _paths() -> Mapping[str, Any]:
         "/v1/completions": _asks(
             "Go on with a text", "TextRequest", {"s200": _streamed("TextAnswer", "The text, whole or in events")}
         ),
-        "/v1/embeddings": _asks("Embeddings, where a runtime makes them", "EmbeddingRequest", {}, (*_ASKING, 501)),
+        "/v1/embeddings": _asks("Embeddings, where a runtime makes them", "EmbeddingRequest", {}),
         "/v1/feedback": _asks(
             "Say whether an answer was good", "Feedback", {"s200": _json(_ref("Rated"), "Stored beside the request")}
         ),
@@ -279,14 +278,20 @@ def _paths() -> Mapping[str, Any]:
     }
 
 
-def description() -> dict[str, Any]:
+def description(names: Sequence[str] = ()) -> dict[str, Any]:
+    """The whole description.
+
+    Args:
+        names: of the models that are served.
+    """
+    model: Schema = {"enum": list(names)} if names else _SOME_TEXT
     return {
         "openapi": "3.1.0",
         "info": {"title": "edgeft serve", "version": __version__, "summary": "Models on this machine."},
         "security": [{"key": []}, {}],
         "paths": _paths(),
         "components": {
-            "schemas": SCHEMAS,
+            "schemas": {**SCHEMAS, "Name": model},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "Where keys are set."}},
         },
     }

@@ -13,6 +13,8 @@ from edgeft.serve.work import Failed, Work
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _TOP_LOGPROBS = 20
 _STOPS = 4
+MANY = (1 << 31) - 1
+"""Largest count a runtime's 32-bit integers hold."""
 _NEUTRAL = {"frequency_penalty": (0, None), "presence_penalty": (0, None), "logit_bias": ({}, None), "n": (1, None)}
 """Members of a request that do nothing at these values; at others they are refused."""
 
@@ -97,15 +99,13 @@ def _asked(body: Mapping[str, Any], work: Work, logprobs: int | None) -> Asked:
 
 
 def _sampling(body: Mapping[str, Any], defaults: Sampling, lengths: Sequence[str]) -> Sampling:
-    longest = next((body[name] for name in lengths if body.get(name) is not None), None)
-    if longest is not None:
-        longest = _number({lengths[0]: longest}, lengths[0], 0, int, 1, 1 << 31)
+    longest = [_number(body, name, None, int, 1, MANY) for name in lengths]
     return replace(
         defaults,
-        max_tokens=longest or defaults.max_tokens,
+        max_tokens=next((length for length in longest if length), defaults.max_tokens),
         temperature=_number(body, "temperature", defaults.temperature, float, 0, 2),
         top_p=_number(body, "top_p", defaults.top_p, float, 0, 1),
-        top_k=_number(body, "top_k", defaults.top_k, int, 0, 1 << 31),
+        top_k=_number(body, "top_k", defaults.top_k, int, 0, MANY),
         min_p=_number(body, "min_p", defaults.min_p, float, 0, 1),
         repeat_penalty=_number(body, "repeat_penalty", defaults.repeat_penalty, float, 0, 10),
         seed=_number(body, "seed", defaults.seed, int, -(1 << 63), (1 << 63) - 1) % (1 << 32),
