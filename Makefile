@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install dev test test-slow test-reference lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean
+.PHONY: help demo install dev test test-slow test-reference lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger bench-serve soak test-clients parity kill clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ test-slow: dev ## all tests: kills, soak, llama.cpp as the reference (needs llam
 test-reference: dev ## compare exports with llama.cpp's own converter and quantizer (builds llama-cpp-python)
 	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
 	$(BIN)/pytest -m reference
+
+test-clients: dev ## `llm` and `litellm` against `edgeft serve`, in an environment of their own
+	test -x .cache/clients/bin/llm || { $(PYTHON) -m venv .cache/clients && .cache/clients/bin/pip install --quiet llm litellm; }
+	SERVE_CLIENTS=$(CURDIR)/.cache/clients $(BIN)/pytest tests/test_serve_clients.py
 
 lint: dev ## style, and the generated pages are up to date
 	$(BIN)/ruff format --check .
@@ -63,6 +67,12 @@ bench-fit: dev ## types chosen for a size against llama.cpp's mixtures
 
 bench-ledger: dev ## every way to ship the run of the demo, in one ledger
 	$(BIN)/python benchmarks/ledger.py demo/run --work .cache/ledger
+
+bench-serve: dev ## what the server adds to the bare runtime
+	$(BIN)/python benchmarks/serve.py
+
+soak: dev ## 64 streams for five minutes, some left half read: memory, and no text in the wrong hands
+	$(BIN)/python benchmarks/soak.py
 
 parity: dev ## every tensor against llama.cpp's own converter and quantizer
 	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
