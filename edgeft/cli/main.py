@@ -26,6 +26,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "package": ("edgeft.cli.package:package", "Pack a model with all it needs to run on a device, offline."),
     "install": ("edgeft.cli.install:install", "Install a bundle on this machine; roll back, uninstall."),
     "deploy": ("edgeft.cli.deploy:deploy", "Bring a bundle onto devices over SSH; status, rollback."),
+    "serve": ("edgeft.cli.serve:serve", "Models behind OpenAI's protocol, for every client that speaks it."),
+    "monitor": ("edgeft.cli.monitor:monitor", "Watch a server's answers: feedback, speed, drift."),
     "data": ("edgeft.cli.data:data", "Check, prepare and split data sets."),
     "models": ("edgeft.cli.models:models", "List, pull, import and remove models."),
     "devices": ("edgeft.cli.devices:devices", "Profiles of devices; what a model needs and does on them."),
