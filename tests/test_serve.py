@@ -398,7 +398,7 @@ def real(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.mark.model
 def test_a_real_model_streams_what_it_answers_whole(real: openai.OpenAI) -> None:
     asked: Any = {"model": "smollm2", "messages": say("Name a colour."), "max_tokens": 12, "temperature": 0}
-    # Once before: with its prompt in the cache a model computes the last token in a smaller batch, and rounds otherwise.
+    # Once before: with its prompt in the cache a model computes the last token in a smaller batch and rounds otherwise
     real.chat.completions.create(**asked)
     whole = real.chat.completions.create(**asked).choices[0].message.content
     stream = real.chat.completions.create(**asked, stream=True)
