@@ -19,6 +19,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "matplotlib", "psutil"),
     "tui": ("textual",),
     "deploy": ("cryptography", "zstandard"),
+    "cloud": ("httpx2",),
     "onnx": ("onnxruntime", "onnxruntime_genai", "numpy", "jinja2", "tokenizers"),
     "onnx-export": ("onnx", "onnx_ir", "torch", "transformers"),
 }
