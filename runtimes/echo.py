@@ -73,6 +73,9 @@ def read_script(path: Path) -> Script:
 @dataclass(frozen=True)
 class EchoRuntime:
     name: str = "echo"
+    lacks: Mapping[str, str] = field(
+        default_factory=lambda: {"json": "a script says what it says", "adapters": "a script has no weights"}
+    )
 
     def supports(self, artifact: Artifact) -> Support:
         # Never a real model: with no llama.cpp installed, "auto" would otherwise answer with an echo.

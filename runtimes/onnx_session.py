@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,6 +73,12 @@ class OnnxRuntime:
     name: str
     module: str
     engine: Callable[[Path, Shape, LoadOptions], Engine]
+    lacks: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "json": "onnxruntime has no grammars",
+            "adapters": "an ONNX graph takes no adapters at run time",
+        }
+    )
 
     def supports(self, artifact: Artifact) -> Support:
         if not (artifact.path / CONFIG).is_file():
