@@ -94,6 +94,8 @@ def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None
     if runtime == "echo":
         return Artifact(path)
     found = resolve(reference, progress=progress)
+    if runtime == "transformers" and found.kind in ("hf", "run"):
+        return Artifact(found.path)
     if found.kind not in ("gguf", "onnx"):
         raise UsageError(
             f"{reference} is not a file a runtime can run",

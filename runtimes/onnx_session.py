@@ -13,7 +13,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeft.artifact import Artifact
-from edgeft.chat import Cancel, Delta, FinishReason, Message, Sampling, TokenIds, Usage
+from edgeft.chat import Cancel, ChatTemplate, Delta, FinishReason, Message, Sampling, TokenIds, Usage
 from edgeft.errors import ModelError, UsageError, require
 from edgeft.paths import parse_json
 from edgeft.plugins import AdapterScale, LoadOptions, Session, Support
@@ -150,6 +150,8 @@ def first_line(error: Exception) -> str:
 class OnnxSession:
     """One graph and one sequence whose keys and values are kept between calls."""
 
+    engine_name = "onnxruntime"
+
     def __init__(self, engine: Engine, text: HfText, shape: Shape, path: Path, options: LoadOptions) -> None:
         self._engine: Engine | None = engine
         self._text, self._path = text, path
@@ -182,7 +184,10 @@ class OnnxSession:
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> TokenIds:
         self._alive()
         # Training adds nothing to what the template writes.
-        return self._text.tokenize(self._text.template().render(messages, tools=tools), special=True)
+        return self._text.tokenize(self._template().render(messages, tools=tools), special=True)
+
+    def _template(self) -> ChatTemplate:
+        return self._text.template()
 
     def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> TokenIds:
         self._alive()
@@ -200,7 +205,8 @@ class OnnxSession:
             raise UsageError("the prompt is empty")
         if sampling.json_schema is not None:
             raise UsageError(
-                "onnxruntime cannot follow a JSON schema", "Export to GGUF for that: edgeft export … --to gguf-q4."
+                f"{self.engine_name} cannot follow a JSON schema",
+                "Export to GGUF for that: edgeft export … --to gguf-q4.",
             )
         if len(prompt) >= self.context:
             raise ModelError(

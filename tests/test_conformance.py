@@ -49,6 +49,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     )
     cut = found["gguf damaged"] = folder / "cut.gguf"
     cut.write_bytes(found["gguf"].read_bytes()[:-1000])
+    holed = found["hf damaged"] = shutil.copytree(hf, folder / "cut-hf")
+    (holed / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes()[:-1000])
     broken = found["onnx damaged"] = shutil.copytree(found["onnx"], folder / "cut-onnx")
     (broken / "genai_config.json").write_text("{")
     return found
@@ -93,6 +95,10 @@ class TestOnnxruntimeGenai(OfLetters):
 
 class TestOnnxruntime(OfLetters):
     runtime, form = "onnxruntime", "onnx"
+
+
+class TestTransformers(OfLetters):
+    runtime, form = "transformers", "hf"
 
 
 class TestEcho(RuntimeConformance):
