@@ -28,6 +28,7 @@ BUILT_IN: Mapping[Family, Mapping[str, str]] = {
         "onnxruntime": "edgeft.runtimes.onnxruntime:runtime",
         "transformers": "edgeft.runtimes.transformers:runtime",
         "openai": "edgeft.runtimes.openai:runtime",
+        "llama-server": "edgeft.runtimes.llama_server:runtime",
         "echo": "edgeft.runtimes.echo:runtime",
     },
     "devices": {"catalogue": "edgeft.devices.catalogue:source", "own": "edgeft.devices.own:source"},

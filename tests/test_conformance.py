@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,34 @@ from edgeft.cli.main import main
 from edgeft.testing import ASK, RuntimeConformance, Subject
 
 Models = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that is started as llama-server is."""
+    pytest.importorskip("xllamacpp")
+    program = tmp_path_factory.mktemp("bin") / "llama-server"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "llama_server_program.py"} "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+@contextlib.contextmanager
+def running(program: Path, model: Path) -> Iterator[str]:
+    """The URL of a server that somebody else started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = f"--model {model} --host 127.0.0.1 --port {port} --ctx-size 1024 --threads 1 --threads-batch 1"
+    words += " --batch-size 64 --ubatch-size 64 --parallel 1"
+    with subprocess.Popen([str(program), *words.split()], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            assert process.stdout is not None
+            while not (line := process.stdout.readline()).startswith(b"http"):
+                assert line or process.poll() is None
+            yield line.decode().strip()
+        finally:
+            process.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +132,31 @@ class TestOnnxruntime(OfLetters):
 
 class TestTransformers(OfLetters):
     runtime, form = "transformers", "hf"
+
+
+class TestLlamaServer(OfLetters):
+    """A child process: llama.cpp's server, from xllamacpp where there is no llama-server."""
+
+    runtime, form = "llama-server", "gguf"
+
+    @pytest.fixture(autouse=True)
+    def program(self, llama_server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("EDGEFT_LLAMA_SERVER", str(llama_server))
+
+
+class TestOpenAi(RuntimeConformance):
+    """The protocol as a real server speaks it."""
+
+    @pytest.fixture(scope="class")
+    def subject(self, models: Models, llama_server: Path) -> Iterator[Subject]:
+        with running(llama_server, models["gguf"]) as url:
+            yield Subject(
+                "openai",
+                Artifact(Path("letters"), address=url + "/v1"),
+                prompt=prompt(models),
+                answer=ANSWER,
+                damaged=Artifact(Path("nobody"), address="http://127.0.0.1:9/v1"),
+            )
 
 
 class TestEcho(RuntimeConformance):
