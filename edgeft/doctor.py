@@ -18,10 +18,11 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("gguf", "safetensors", "tokenizers"),
     "train": ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "matplotlib", "psutil"),
     "tui": ("textual", "textual_plotext"),
+    "deploy": ("asyncssh", "cryptography", "zstandard"),
+    "cloud": ("httpx2",),
     "serve": ("starlette", "uvicorn", "prometheus_client"),
     "otel": ("opentelemetry",),
     "bench": ("matplotlib",),
-    "deploy": ("asyncssh", "cryptography", "zstandard"),
     "onnx": ("onnxruntime", "onnxruntime_genai", "numpy", "jinja2", "tokenizers"),
     "onnx-export": ("onnx", "onnx_ir", "torch", "transformers"),
 }
