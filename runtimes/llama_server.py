@@ -104,7 +104,7 @@ class Child:
     def start(self, adapters: Sequence[AdapterScale] = ()) -> None:
         """Raises: ModelError when the program ends or does not answer."""
         self._port = _free_port()
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         command = [str(self._program), *self._arguments(adapters)]
         environment = {**os.environ, "LLAMA_API_KEY": self._key}  # not on the command line, which everybody can read
         self._process = subprocess.Popen(

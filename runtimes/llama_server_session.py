@@ -129,7 +129,8 @@ class LlamaServerSession:
 
     def _stream(self, client: ChatClient, prompt: TokenIds, sampling: Sampling, cancel: Cancel) -> Iterator[Delta]:
         started = first = last = time.perf_counter()
-        stream, turn, produced, end = TextStream(sampling.stop), self._turn, 0, {}
+        stream, turn, produced = TextStream(sampling.stop), self._turn, 0
+        end: Mapping[str, Any] = {}
         body = {"prompt": prompt, **request_fields(sampling), "cache_prompt": not self._fresh}
         self._fresh = False
         events: Generator[Mapping[str, Any], None, None] | None = None

@@ -161,8 +161,8 @@ class TestOpenAi(RuntimeConformance):
             )
 
     def test_a_schema_is_followed_or_refused(self, subject: Subject, session: Session) -> None:
-        """llama.cpp's server ends its process on this model's endless white space behind the JSON: what is sent and
-        what comes back is tested against a scripted server instead."""
+        """llama.cpp's server ends its process (llama-grammar.cpp) for a schema on this vocabulary; what is sent and what
+        comes back is tested against a scripted server instead."""
 
 
 class TestEcho(RuntimeConformance):
