@@ -58,6 +58,8 @@ class Subject:
     """A file that looks right and is not."""
     adapter: Path | None = None
     """Fits the model and changes its answers. Needed unless the runtime lacks "adapters"."""
+    decided: bool = False
+    """The model is so sure that no sampling that the runtime allows would change its mind."""
     tolerance: float = 0.02
     """How far log-probabilities (nats) of the same thing computed in batches of other sizes may lie apart."""
 
@@ -177,7 +179,7 @@ class RuntimeConformance:
             assert ask(other, _sampled(subject, 7)).text == first
 
     def test_other_seeds_give_other_answers(self, subject: Subject, session: Session) -> None:
-        if subject.can("seeds"):
+        if subject.can("seeds") and not subject.decided:
             answers = {ask(session, _sampled(subject, seed)).text for seed in range(6)}
             assert len(answers) > 1
 
@@ -264,7 +266,8 @@ class RuntimeConformance:
         first = Answer(list(session.generate(session.render(turn), _SOME)))
         turn += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "and now?"}]
         second = Answer(list(session.generate(session.render(turn), _SOME)))
-        assert first.usage.reused_tokens == 0
+        if subject.can("memory"):  # a server may remember what others asked
+            assert first.usage.reused_tokens == 0
         assert first.usage.prompt_tokens * 0.8 <= second.usage.reused_tokens < second.usage.prompt_tokens
 
     def test_what_is_reused_does_not_change_the_answer(self, subject: Subject, session: Session) -> None:
@@ -406,7 +409,7 @@ def refused(kind: type[EdgeftError], action: Callable[[], object]) -> None:
 def long_text(subject: Subject, session: Session) -> str:
     """A user message that takes up most of the context."""
     if not subject.can("tokens"):
-        return "some word " * (session.context // 8)
+        return "some word " * (session.context // 12)
     one, nine = (len(session.render([{"role": "user", "content": "some word " * many}])) for many in (1, 9))
     return "some word " * int((0.9 * session.context - one) * 8 / (nine - one))
 

@@ -104,10 +104,12 @@ class Child:
     def start(self, adapters: Sequence[AdapterScale] = ()) -> None:
         """Raises: ModelError when the program ends or does not answer."""
         self._port = _free_port()
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         command = [str(self._program), *self._arguments(adapters)]
         environment = {**os.environ, "LLAMA_API_KEY": self._key}  # not on the command line, which everybody can read
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said, env=environment)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said, env=environment
+        )
         try:
             self._wait()
         except BaseException:
@@ -143,7 +145,9 @@ class Child:
                     time.sleep(0.05)
         finally:
             client.close()
-        raise ModelError(f"llama-server cannot load {self._model}: {self._last_words()}", "Try another context or file.")
+        raise ModelError(
+            f"llama-server cannot load {self._model}: {self._last_words()}", "Try another context or file."
+        )
 
     def _last_words(self) -> str:
         assert self._said is not None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgeft.chat import Cancel, ChatTemplate, Delta, FinishReason, Message, Sampling, TokenIds, Usage
 from edgeft.errors import ModelError, UsageError
 from edgeft.models.adapter_file import check_base
+from edgeft.models.gguf_header import read_header
 from edgeft.plugins import AdapterScale
 
 from .openai_client import ChatClient
@@ -44,7 +45,7 @@ class LlamaServerSession:
         self._template = str(props.get("chat_template") or "")
         self._edges = (str(props.get("bos_token") or ""), str(props.get("eos_token") or ""))
         self.context = int(props["default_generation_settings"]["n_ctx"])
-        meta = (client.get("/v1/models")["data"][0].get("meta") or {})
+        meta = client.get("/v1/models")["data"][0].get("meta") or {}
         self.vocabulary = int(meta.get("n_vocab") or 0)
         self._first: TokenIds = self._tokens("", special=False, add=True)
 
@@ -73,7 +74,7 @@ class LlamaServerSession:
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> TokenIds:
         self._alive()
         # Without one, a server falls back to a template of its own making.
-        if not self._template or self._template == "chatml":
+        if not self._template or (self._process and not _has_template(self._path)):
             raise ModelError(
                 f"{self._path} has no chat template, and edgeft does not guess one",
                 "Export the model again from a base that has one, or use a plain-text prompt.",
@@ -126,11 +127,10 @@ class LlamaServerSession:
         cancel = Cancel() if cancel is None else cancel
         yield from self._stream(client, prompt, sampling, cancel)
 
-    def _stream(
-        self, client: ChatClient, prompt: TokenIds, sampling: Sampling, cancel: Cancel
-    ) -> Iterator[Delta]:
+    def _stream(self, client: ChatClient, prompt: TokenIds, sampling: Sampling, cancel: Cancel) -> Iterator[Delta]:
         started = first = last = time.perf_counter()
-        stream, turn, produced, end = TextStream(sampling.stop), self._turn, 0, {}
+        stream, turn, produced = TextStream(sampling.stop), self._turn, 0
+        end: Mapping[str, Any] = {}
         body = {"prompt": prompt, **request_fields(sampling), "cache_prompt": not self._fresh}
         self._fresh = False
         events: Generator[Mapping[str, Any], None, None] | None = None
@@ -203,7 +203,10 @@ class LlamaServerSession:
 
 
 def request_fields(sampling: Sampling) -> dict[str, Any]:
-    """The sampling in llama-server's words, in the order of llama.cpp's own tools."""
+    """The sampling in llama-server's words, in the order of llama.cpp's own tools.
+
+    Stop strings are found here: the server swallows what may begin one when the answer ends before it is whole.
+    """
     fields: dict[str, Any] = {
         "stream": True,
         "return_tokens": True,
@@ -216,13 +219,16 @@ def request_fields(sampling: Sampling) -> dict[str, Any]:
         "repeat_last_n": _PENALTY_WINDOW,
         "seed": sampling.seed & 0xFFFFFFFF,
         "samplers": ["penalties", "top_k", "top_p", "min_p", "temperature"],
-        "stop": [text for text in sampling.stop if text],
     }
     if sampling.top_logprobs:
         fields["n_probs"] = sampling.top_logprobs
     if sampling.json_schema is not None:
         fields["json_schema"] = sampling.json_schema
     return fields
+
+
+def _has_template(path: Path) -> bool:
+    return bool(read_header(path).metadata.get("tokenizer.chat_template"))
 
 
 def _delta(stream: TextStream, event: Mapping[str, Any], top: int) -> Delta:

@@ -32,7 +32,6 @@ CHAT = 256
 """The control token before a conversation; 0 to 255 are bytes, what comes after are pieces of answers."""
 _MOST_LOGPROBS = 20
 """What the protocol allows."""
-_MOST_STOPS = 4
 _USUAL = Sampling()
 
 
@@ -210,7 +209,12 @@ class OpenAiSession:
 
 
 def request_fields(sampling: Sampling, endpoint: Endpoint) -> dict[str, Any]:
-    """The sampling as the protocol has it. Raises: UsageError for what it has no word for."""
+    """The sampling as the protocol has it.
+
+    Stop strings are found here: llama-server swallows what may begin one when the answer ends before it is whole.
+
+    Raises: UsageError for what it has no word for.
+    """
     for name in ("top_k", "min_p", "repeat_penalty"):
         if getattr(sampling, name) != getattr(_USUAL, name) and not _neutral(sampling, name):
             raise UsageError(f"chat completions have no {name.replace('_', '-')}", "Leave it at its default.")
@@ -222,8 +226,6 @@ def request_fields(sampling: Sampling, endpoint: Endpoint) -> dict[str, Any]:
         "seed": sampling.seed,
         endpoint.max_tokens_field: sampling.max_tokens,
     }
-    if stop := [text for text in sampling.stop if text]:
-        fields["stop"] = stop[:_MOST_STOPS]  # the rest is found here
     if sampling.top_logprobs:
         fields |= {"logprobs": True, "top_logprobs": min(sampling.top_logprobs, _MOST_LOGPROBS)}
     if sampling.json_schema is not None:

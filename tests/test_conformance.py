@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -17,7 +18,9 @@ from tiny_letters import ANSWER, write_letters
 
 from edgeft.artifact import Artifact
 from edgeft.cli.main import main
-from edgeft.testing import ASK, RuntimeConformance, Subject
+from edgeft.errors import ModelError
+from edgeft.plugins import AdapterScale, Session
+from edgeft.testing import ASK, RuntimeConformance, Subject, ask
 
 Models = dict[str, Path]
 
@@ -143,6 +146,28 @@ class TestLlamaServer(OfLetters):
     def program(self, llama_server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("EDGEFT_LLAMA_SERVER", str(llama_server))
 
+    def test_prompts_are_the_models_own_token_ids(self, subject: Subject, session: Session) -> None:
+        assert session.render(ASK) == subject.prompt
+        assert session.detokenize(session.render(ASK)) == "user\nhi\nassistant\n"
+
+    def test_the_process_ends_with_its_session_and_its_key_is_not_on_the_command_line(self, subject: Subject) -> None:
+        session = subject.open()
+        child: Any = session._process  # type: ignore[attr-defined]
+        process, key = child._process, child._key
+        assert process.poll() is None and key not in Path(f"/proc/{process.pid}/cmdline").read_text()
+        session.close()
+        assert process.poll() is not None
+
+    def test_a_running_server_takes_the_same_conversations(self, subject: Subject, llama_server: Path) -> None:
+        with running(llama_server, subject.artifact.path) as url:
+            session = subject.open(Artifact(Path("letters"), address=url))
+            assert ask(session).text == ANSWER[:16]
+            with pytest.raises(ModelError, match="not started with"):
+                session.set_adapters([AdapterScale(Path("other.gguf"))])
+            session.close()
+            with subject.open(Artifact(Path("letters"), address=url)) as again:
+                assert ask(again).text == ANSWER[:16]
+
 
 class TestOpenAi(RuntimeConformance):
     """The protocol as a real server speaks it."""
@@ -155,8 +180,13 @@ class TestOpenAi(RuntimeConformance):
                 Artifact(Path("letters"), address=url + "/v1"),
                 prompt=prompt(models),
                 answer=ANSWER,
+                decided=True,  # chat completions cannot switch off the server's own min-p
                 damaged=Artifact(Path("nobody"), address="http://127.0.0.1:9/v1"),
             )
+
+    def test_a_schema_is_followed_or_refused(self, subject: Subject, session: Session) -> None:
+        """llama.cpp's server ends its process (llama-grammar.cpp) for a schema on this vocabulary; a scripted server
+        takes its place in test_runtimes_openai.py."""
 
 
 class TestEcho(RuntimeConformance):

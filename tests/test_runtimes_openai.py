@@ -54,7 +54,6 @@ def test_conversation_and_sampling_arrive_as_the_protocol_has_them() -> None:
         "temperature": 0.5,
         "top_p": 0.9,
         "seed": 3,
-        "stop": ["END"],
         "stream": True,
         "stream_options": {"include_usage": True},
         "key": None,
