@@ -1,4 +1,4 @@
-"""Many streams at once, for minutes, some left half read: does memory stay flat, and does every reader get its own text?
+"""Many streams at once, for minutes, some left half read: is memory flat, and does every reader get its own text?
 
     python benchmarks/soak.py [--seconds 300] [--streams 64] [--model FILE] [--json]
 
@@ -54,7 +54,7 @@ async def one(address: tuple[str, int], model: str, chance: random.Random, tally
     word = f"{chance.getrandbits(48):012x}"
     body = json.dumps(request(model, word)).encode()
     reader, writer = await asyncio.open_connection(*address)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     begun, text, events = time.perf_counter(), "", 0
     leave = chance.randrange(1, 60) if chance.random() < LEFT else None
     try:

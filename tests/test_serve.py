@@ -354,6 +354,8 @@ def test_feedback_is_stored_beside_the_request(server: Serving) -> None:
 def test_metrics(server: Serving) -> None:
     server.chat("count me")
     page = server.ask("/metrics")[1]
+    server.chat("count me", "nobody")
+    assert 'edgeft_errors_total{code="model_not_found",model="unknown"}' in server.ask("/metrics")[1]
     for name in ("edgeft_requests_total", "edgeft_time_to_first_token_seconds_count", "edgeft_tokens_total"):
         assert f"{name}{{" in page
 
@@ -398,7 +400,7 @@ def real(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.mark.model
 def test_a_real_model_streams_what_it_answers_whole(real: openai.OpenAI) -> None:
     asked: Any = {"model": "smollm2", "messages": say("Name a colour."), "max_tokens": 12, "temperature": 0}
-    # Once before: with its prompt in the cache a model computes the last token in a smaller batch, and rounds otherwise.
+    # Once before: with the prompt in the cache its last token is computed in a smaller batch, and rounded otherwise.
     real.chat.completions.create(**asked)
     whole = real.chat.completions.create(**asked).choices[0].message.content
     stream = real.chat.completions.create(**asked, stream=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from serving import serving
 
-
 # Members that must agree with each other (a tool that is chosen and those that are offered), and schemas that cannot be
 # kept: OpenAPI cannot say it.
 CONFIG = """
