@@ -28,6 +28,7 @@ from edgeft.artifact import Artifact, read_manifest
 from edgeft.chat import Cancel, Delta, TokenIds, Usage
 from edgeft.errors import EdgeftError, UsageError, require
 from edgeft.plugins import AdapterScale, LoadOptions, Session
+from edgeft.request_log import deferral_of
 from edgeft.serve.work import Loaded, Origin, Work
 from edgeft.sessions import Opened, open_session
 
@@ -183,9 +184,7 @@ def _summed_up(record: Any) -> dict[str, Any]:
     usage = Usage(
         record.prompt_tokens, 0, record.completion_tokens, first, record.total_ms / 1000 - first, record.finish
     )
-    deferred = record.author != "local"
-    # Reasons carry figures after a colon; labels of a counter must not.
-    reason = record.reason.split(":")[0].split(";")[0] if deferred else None
+    reason = deferral_of(record.reason) if record.author != "local" else None
     origin = Origin(record.author, record.reason, False, reason, record.cost, record.confidence)
     return {"text": "", "usage": asdict(usage), "origin": asdict(origin)}
 
