@@ -451,7 +451,7 @@ def test_an_adapter_answers_under_its_own_name(tmp_path: Path) -> None:
         }
         assert said == {"base": "a", "base:other": "b"}
     with (
-        pytest.raises(RuntimeError, match="b.gguf"),
+        pytest.raises(RuntimeError, match=r"b\.gguf"),
         serving(tmp_path, "echo", "--runtime", "echo", "--adapter", f"x={adapter}"),
     ):
         pass
@@ -481,7 +481,7 @@ def test_a_cascade_is_a_model_that_says_who_wrote_what(tmp_path: Path, server: S
         with running.stream("a question", "hybrid") as events:
             chunks = list(events)
         assert text_of(iter(chunks)) == "a question"
-        assert [chunk["edgeft"]["author"] for chunk in chunks if "edgeft" in chunk][0] == "cloud"
+        assert next(chunk["edgeft"]["author"] for chunk in chunks if "edgeft" in chunk) == "cloud"
         whole = running.chat("a question", "hybrid")[1]
         assert whole["edgeft"]["author"] == "cloud"
         assert 'edgeft_deferrals_total{model="hybrid",reason="cloud only"} 2.0' in running.ask("/metrics")[1]
