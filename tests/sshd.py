@@ -45,7 +45,7 @@ class Server:
 
 @contextlib.contextmanager
 def server(folder: Path, *, address: str = "127.0.0.1", inside: Sequence[str] = ()) -> Iterator[Server]:
-    """Start sshd as the user who runs the tests. `inside` is a command that runs it elsewhere, such as `ip netns exec`."""
+    """Start sshd as the user who runs the tests; `inside` runs it elsewhere, such as `ip netns exec`."""
     assert SSHD is not None
     home = folder / "home"
     home.mkdir(parents=True)
@@ -65,9 +65,7 @@ def server(folder: Path, *, address: str = "127.0.0.1", inside: Sequence[str] = 
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*inside, SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
     try:
-        device = Device(
-            address, None, port, (folder / "client_key",), folder / "known_hosts", python=sys.executable
-        )
+        device = Device(address, None, port, (folder / "client_key",), folder / "known_hosts", python=sys.executable)
         _wait_until_open(address, port, process, folder / "log")
         yield Server(device, home, process)
     finally:

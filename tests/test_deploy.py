@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import re
@@ -21,10 +22,11 @@ import tiny_gguf
 from sshd import Server, cable, free_port, needs_sshd, random_cuts, server
 
 from edgeft.bundle import MANIFEST, Entry, Target, encode, entries, read_bundle
-from edgeft.deploy import host, parcel
+from edgeft.cli.main import main
+from edgeft.deploy import agent, host, parcel
 from edgeft.deploy.parcel import CHUNK, WINDOW
 from edgeft.errors import CheckFailed, EdgeftError, ModelError, Unreachable, UsageError, WriteError
-from edgeft.package import build
+from edgeft.package import archives, build, install, signing
 from edgeft.package.target import target_of
 
 pytestmark = needs_sshd
@@ -38,7 +40,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def bundle(
-    folder: Path, version: str = "1.0", answer: str = tiny_gguf.ANSWER, *, name: str = "pet", more: int = 0, **about: str
+    folder: Path,
+    version: str = "1.0",
+    answer: str = tiny_gguf.ANSWER,
+    *,
+    name: str = "pet",
+    more: int = 0,
+    **about: str,
 ) -> Path:
     """A bundle without wheels, `more` bytes of ballast in it."""
     made = folder / f"{name}-{version}"
@@ -195,6 +203,38 @@ def test_a_bundle_that_was_changed_never_leaves(tmp_path: Path, running: Server)
         deploy(running, made)
 
 
+def test_only_what_was_signed_with_the_key_leaves(tmp_path: Path) -> None:
+    public, strangers = signing.make_keys(tmp_path / "a.pem"), signing.make_keys(tmp_path / "b.pem")
+    made = bundle(tmp_path, name="signed")
+    signing.sign(made, tmp_path / "a.pem")
+    assert parcel.load(made, public).signature
+    with pytest.raises(CheckFailed, match="is not signed with"):
+        parcel.load(made, strangers)
+
+
+@pytest.mark.parametrize("path", ["../../.bashrc", "/etc/cron.d/x", "a/../../../x"])
+def test_the_agent_itself_writes_nothing_outside(path: str, tmp_path: Path) -> None:
+    files = agent.Files(str(tmp_path / "apps"), "pet")
+    manifest = json.dumps({"files": [{"path": path, "sha256": "0" * 64, "bytes": 0}]})
+    with pytest.raises(agent.Refused, match="not a path inside the bundle"):
+        agent.assemble(files, {"manifest": manifest, "signature": None})
+    assert [found.name for found in tmp_path.rglob("*") if found.is_file()] == ["bundle.json"]
+
+
+@pytest.mark.parametrize("name", ["../pet", "", ".hidden", "a/b"])
+def test_the_agent_refuses_names_that_climb(name: str, tmp_path: Path) -> None:
+    with pytest.raises(agent.Refused, match="is not a name"):
+        agent.Files(str(tmp_path), name)
+
+
+def test_the_agent_looks_where_the_installer_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert agent.default_root() == str(install.apps_root())
+    monkeypatch.delenv("EDGEFT_HOME")
+    for folder in (None, str(tmp_path)):
+        monkeypatch.setenv("XDG_DATA_HOME", folder) if folder else monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+        assert agent.default_root() == str(install.apps_root())
+
+
 # --- Who is at the other end ------------------------------------------------
 
 
@@ -337,15 +377,16 @@ def test_a_full_disk_leaves_the_version_in_use(
     known: bool, tmp_path: Path, small_disk: Path, running: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to = dataclasses.replace(running, device=dataclasses.replace(running.device, root=str(small_disk)))
-    deploy(to, bundle(tmp_path, "1.0", "one", name="full"))
+    name = "full-before" if known else "full-later"
+    deploy(to, bundle(tmp_path, "1.0", "one", name=name))
     before = tree(small_disk)
     if not known:  # as if something else had taken the space meanwhile
         monkeypatch.setattr(host, "_check_space", lambda *_: None)
     with pytest.raises(WriteError, match="MB are free" if known else "no space left"):
-        deploy(to, bundle(tmp_path, "1.1", "two", name="full", more=9_000_000))
+        deploy(to, bundle(tmp_path, "1.1", "two", name=name, more=9_000_000))
     left = {name: content for name, content in tree(small_disk).items() if "incoming/" not in name}
     assert {name: content for name, content in left.items() if content != b""} == before
-    assert to.command("full", "x").stdout.strip() == "one"
+    assert to.command(name, "x").stdout.strip() == "one"
 
 
 def tree(folder: Path) -> dict[str, bytes | str]:
@@ -354,3 +395,43 @@ def tree(folder: Path) -> dict[str, bytes | str]:
         for path in sorted(folder.rglob("*"))
         if (path.is_file() or path.is_symlink()) and not path.name.startswith(".")
     }
+
+
+# --- The command ------------------------------------------------------------
+
+
+def flags(to: Server) -> list[str]:
+    device = to.device
+    words = ["--port", device.port, "--identity", device.identity[0], "--known-hosts", device.known_hosts]
+    return [str(word) for word in [*words, "--python", device.python]]
+
+
+def test_an_archive_is_deployed_by_the_command(
+    tmp_path: Path, running: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archives.write_tar_zst(bundle(tmp_path, name="packed"), tmp_path / "packed.tar.zst")
+    assert main(["deploy", str(tmp_path / "packed.tar.zst"), "127.0.0.1", *flags(running)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("1.0-")
+    assert f"127.0.0.1 says: {tiny_gguf.ANSWER}" in err
+    assert main(["deploy", "status", "127.0.0.1", "--name", "packed", *flags(running)]) == 0
+    assert "in use" in capsys.readouterr().out
+    assert main(["deploy", "rollback", "packed", "127.0.0.1", *flags(running)]) == 2
+    assert "packed has no version before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host_", "code"), [("127.0.0.1:1", 4), ("", 2)])
+def test_exit_codes(host_: str, code: int, tmp_path: Path, running: Server) -> None:
+    made = str(bundle(tmp_path))
+    assert main(["deploy", made, host_, "--retries", "0", *flags(running)]) == code
+
+
+def test_an_unknown_host_ends_with_the_code_of_checks(tmp_path: Path, running: Server) -> None:
+    (tmp_path / "none").write_text("")
+    words = [*flags(running), "--known-hosts", str(tmp_path / "none")]
+    assert main(["deploy", "status", "127.0.0.1", *words]) == 5
+
+
+def test_nothing_is_installed_there(running: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", "rollback", "nothing", "127.0.0.1", *flags(running)]) == 2
+    assert "no 'nothing' is installed" in capsys.readouterr().err

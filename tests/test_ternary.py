@@ -25,13 +25,13 @@ from edgeft.plugins import AdapterScale, LoadOptions, Source
 from edgeft.progress import Silent
 from edgeft.run import Run
 from edgeft.sessions import open_session
+from edgeft.ternary_verdict import Figures, verdict
 from edgeft.train import Interrupted, read_config, train
 from edgeft.train import ternary_activations as activations
 from edgeft.train.ternary import Ramp
 from edgeft.train.ternary_grid import KINDS, LARGEST, LEAST, TernaryGrid, scales
 from edgeft.train.ternary_notes import ternary_notes
 from edgeft.verify.codes import check_codes
-from edgeft.verify.ternary_verdict import Figures, verdict
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated.*"),
@@ -323,7 +323,7 @@ def test_rows_that_do_not_fill_blocks_are_named(data: Path, tmp_path: Path) -> N
         "not ternary: ffn_down: 320 columns do not fill blocks of 256: Q4_0 instead of TQ2_0; they are trained "
         "through Q4_0"
     )
-    assert top == "embedding and head, which are one: Q6_K, trained through that rounding"
+    assert top == "embedding and head, which are one: Q6_K, trained through that rounding; 16% of the file"
     run = train(config).run
     prepared = exporting.prepare(str(run.path), out=tmp_path / "file.gguf")
     exporting.export(prepared, Silent())
@@ -341,8 +341,8 @@ def test_a_head_of_its_own_and_biases_are_trained_too(data: Path, tmp_path: Path
     other = tiny.write_loadable(tmp_path / "base", "qwen2", **SHAPE, tie_word_embeddings=False)
     config = ternary(other, data, tmp_path / "run", epochs=1)
     assert ternary_notes(config, other)[2:4] == [
-        "head: Q6_K, trained through that rounding",
-        "embedding: Q4_K, trained through that rounding",
+        "head: Q6_K, trained through that rounding; 14% of the file",
+        "embedding: Q4_K, trained through that rounding; 9% of the file",
     ]
     run, file = train(config).run, tmp_path / "file.gguf"
     exporting.export(exporting.prepare(str(run.path), out=file), Silent())

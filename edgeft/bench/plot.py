@@ -24,7 +24,7 @@ def label(found: Measured) -> str:
 
 def write_png(results: Sequence[Measured], title: str, path: Path) -> None:
     """Bars of every setting with the spread of the repeats. Raises: MissingDependency, WriteError."""
-    require("matplotlib", "train")
+    require("matplotlib", "bench")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -38,8 +38,9 @@ def measure(job: Job) -> Iterator[Event]:
         for asked, size in enumerate(job.prompts):
             count = _prompt_tokens(size, job.tokens, session.context)
             for repeat in range(job.repeats):
-                # Another first token each time, so that nothing of the prompt is taken from the cache.
-                yield answer(session, text[1 + repeat : 1 + repeat + count], job.tokens, meter, asked)
+                # Another first token than the last prompt's, so that nothing of it is taken from the cache.
+                at = 1 + (asked * job.repeats + repeat) % 32
+                yield answer(session, text[at : at + count], job.tokens, meter, asked)
         yield Finished(peak_bytes(), meter.why_not)
 
 

@@ -142,7 +142,7 @@ def _book(out: Path | None, model: str) -> Book:
 
 def _measure(settings: Settings, book: Book) -> tuple[list[Result], bool]:
     """Results, and whether Ctrl-C ended them."""
-    from edgeft.bench.suite import bench
+    from edgeft.bench.suite import Refused, bench
 
     results: list[Result] = []
     progress = ConsoleProgress()
@@ -150,7 +150,9 @@ def _measure(settings: Settings, book: Book) -> tuple[list[Result], bool]:
         for result in bench(settings, book, progress):
             results.append(result)
     except KeyboardInterrupt:
-        return results, True
+        # Between keeping a result and handing it over there is time for Ctrl-C.
+        kept = [found for job in settings.jobs() if (found := book.find(job))]
+        return [*kept, *(each for each in results if isinstance(each, Refused))], True
     finally:
         progress.finish()
     return results, False

@@ -49,11 +49,15 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Where devices are and how to get in."""
     for option in reversed(
         (
-            click.option("--inventory", type=_FILE, help="Devices and rollout (TOML), instead of or besides addresses."),
+            click.option(
+                "--inventory", type=_FILE, help="Devices and rollout (TOML), instead of or besides addresses."
+            ),
             click.option("--only", multiple=True, metavar="NAME", help="This device of the inventory; repeatable."),
             click.option("-i", "--identity", multiple=True, type=_FILE, help="Private SSH key; default: as ssh does."),
             click.option("--port", type=click.IntRange(1, 65535), help="SSH port; default: 22."),
-            click.option("--known-hosts", type=click.Path(path_type=Path), help="Host keys to trust; ~/.ssh/known_hosts."),
+            click.option(
+                "--known-hosts", type=click.Path(path_type=Path), help="Host keys to trust; ~/.ssh/known_hosts."
+            ),
             click.option("--python", help="Python on the device; default: the bundle's version, else python3."),
             click.option("--root", help="Where versions go on the device; default: in edgeft's data folder there."),
             click.option("--bin", "bin_folder", help="Where the command goes on the device; ~/.local/bin."),
@@ -81,7 +85,9 @@ def deploy() -> None:
 @click.option("--allow-downgrade", is_flag=True, help="Deploy although a newer version is installed.")
 @click.option("--no-health-check", is_flag=True, help="Switch without asking the bundle's question.")
 @click.option("--again", is_flag=True, help="Install although this version is in use.")
-@click.option("--retries", type=click.IntRange(min=0), default=5, show_default=True, help="Broken connections in a row.")
+@click.option(
+    "--retries", type=click.IntRange(min=0), default=5, show_default=True, help="Broken connections in a row."
+)
 @click.option("--canary", type=click.IntRange(min=0), help="Devices that must succeed first; default: 1.")
 @click.option("--parallel", type=click.IntRange(min=1), help="Devices at a time; default: 4.")
 @click.option("--failures", type=click.IntRange(min=0), help="How many may fail before the rest is left alone; 0.")
@@ -139,7 +145,7 @@ def _devices(
 
     from edgeft.deploy import fleet, link
 
-    given = {
+    given: dict[str, Any] = {
         "identity": identity,
         "port": port,
         "known_hosts": known_hosts,
@@ -153,7 +159,7 @@ def _devices(
     found = [link.parse(text) for text in addresses] + fleet.only(devices, only)
     if not found and needed:
         raise UsageError("which device?", "edgeft deploy BUNDLE user@host, or --inventory FILE.")
-    return [dataclasses.replace(device, **{**given, "port": device.port or port}) for device in found], rollout
+    return [dataclasses.replace(device, **(given | {"port": device.port or port})) for device in found], rollout
 
 
 def _send(

@@ -125,7 +125,7 @@ def verify(
 def _against(
     artifact: Path, other: Path, held: Sequence[Example], runtime: str, progress: ConsoleProgress
 ) -> dict[str, Any]:
-    from edgeft.verify.ternary_verdict import measure, verdict
+    from edgeft.ternary_verdict import measure, verdict
 
     both = [measure(file, held, runtime, progress) for file in (artifact, other)]
     return {"files": [figures.as_dict() for figures in both], "verdict": verdict(*both)}

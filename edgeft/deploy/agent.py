@@ -24,7 +24,8 @@ import signal
 import subprocess
 import sys
 import time
-from typing import IO, Any, Iterator
+from collections.abc import Iterator
+from typing import IO, Any
 
 IDLE_S = 120
 """A sender that is silent for so long is gone."""
@@ -85,7 +86,7 @@ def hello(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "host": platform.node(),
         "architecture": platform.machine(),
-        "python": "%d.%d" % sys.version_info[:2],
+        "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
         "root": root,
         "free": shutil.disk_usage(there).free,
     }
@@ -292,8 +293,7 @@ def _run_installer(folder: str, files: Files, request: dict[str, Any]) -> dict[s
         command,
         env=dict(os.environ, PYTHON=sys.executable),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         start_new_session=True,
         check=False,
     )
@@ -306,8 +306,7 @@ def ask(launcher: str, question: str, expected: str | None) -> tuple[str | None,
         done = subprocess.run(
             [launcher, question],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             timeout=ANSWER_S,
             check=False,
         )
@@ -366,11 +365,12 @@ class Agent:
         do = request["do"]
         if do in ("hello", "status"):
             return hello(request) if do == "hello" else status(request)
-        if do in ("missing", "rollback"):
+        if do in ("missing", "rollback") or self.files is None:
             self.open(request)
         assert self.files is not None
         if do == "missing":
-            return {"missing": missing(self.files, request["files"])}
+            lacking = missing(self.files, request["files"])
+            return {"missing": lacking, "incoming": self.files.incoming, "current": current(self.files)}
         if do == "rollback":
             return rollback(self.files)
         if do == "install":

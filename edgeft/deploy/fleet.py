@@ -1,16 +1,16 @@
 """Many devices: an inventory, a few first, then the others side by side, and an end when too many fail.
 
-    [rollout]
-    canary = 1          # devices that must succeed before any other is touched
-    parallel = 4        # at a time after that
-    failures = 0        # how many may fail before no further one is started
+[rollout]
+canary = 1          # devices that must succeed before any other is touched
+parallel = 4        # at a time after that
+failures = 0        # how many may fail before no further one is started
 
-    [defaults]          # any key of a device
-    user = "pi"
-    identity = "~/.ssh/fleet"
+[defaults]          # any key of a device
+user = "pi"
+identity = "~/.ssh/fleet"
 
-    [devices.kitchen]
-    host = "192.0.2.10"
+[devices.kitchen]
+host = "192.0.2.10"
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ async def _once(link: Link, parcel: Parcel, options: Options, outcome: Outcome, 
 
 def _state(name: str, here: dict[str, Any]) -> State:
     """Raises: ModelError when the device's own list cannot be read."""
-    app = next((app for app in here["apps"] if app["name"] == name), {"current": None, "versions": []})
+    app: dict[str, Any] = next((app for app in here["apps"] if app["name"] == name), {"current": None, "versions": []})
     try:
         return State(name, app["current"], tuple(Installed(**version) for version in app["versions"]))
     except TypeError as error:
@@ -182,15 +182,13 @@ async def send(link: Link, parcel: Parcel, entry: Entry, outcome: Outcome, progr
     await link.call("finish")
 
 
-async def _stream(
-    link: Link, parcel: Parcel, entry: Entry, start: int, outcome: Outcome, progress: Progress
-) -> int:
+async def _stream(link: Link, parcel: Parcel, entry: Entry, start: int, outcome: Outcome, progress: Progress) -> int:
     """Send chunks until the end or until one is refused; returns the number of those the device has."""
     waiting: deque[int] = deque()
     good = start
     outcome.resume(entry, start)
     for index, chunk in enumerate(parcel.chunks(entry, start), start):
-        link.write("chunk", chunk, index=index)
+        await link.write("chunk", chunk, index=index)
         outcome.sent(entry, len(chunk))
         waiting.append(len(chunk))
         while len(waiting) >= WINDOW:

@@ -65,19 +65,20 @@ class Link:
 
     async def call(self, do: str, **request: Any) -> dict[str, Any]:
         """Ask and wait for the answer. Raises: what the agent's refusal stands for, Unreachable."""
-        self.write(do, **request)
+        await self.write(do, **request)
         return checked(self.device, await self.read())
 
-    def write(self, do: str, payload: bytes = b"", **request: Any) -> None:
+    async def write(self, do: str, payload: bytes = b"", **request: Any) -> None:
         header = json.dumps({**request, "do": do, "bytes": len(payload)}).encode()
         try:
             self._process.stdin.write(len(header).to_bytes(4, "big") + header + payload)
+            await self._process.stdin.drain()
+            await asyncio.sleep(0)  # drain alone does not let the loop notice that the connection is gone
         except OSError as error:  # asyncssh: the channel is closed
             raise _lost(self.device, error) from error
 
     async def read(self) -> dict[str, Any]:
         try:
-            await self._process.stdin.drain()
             head = await self._process.stdout.readexactly(4)
             answer: dict[str, Any] = json.loads(await self._process.stdout.readexactly(int.from_bytes(head, "big")))
             return answer

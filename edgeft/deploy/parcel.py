@@ -11,9 +11,9 @@ from edgeft.bundle import MANIFEST, SIGNATURE, Bundle, Entry, check_files, read_
 from edgeft.errors import ModelError
 from edgeft.package import install, signing
 
-CHUNK = 128 << 10
+CHUNK = 64 << 10
 """Bytes; a cut connection loses this times `WINDOW` at most."""
-WINDOW = 8
+WINDOW = 4
 """Chunks on the way before the first of them must be confirmed."""
 
 

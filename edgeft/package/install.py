@@ -130,6 +130,7 @@ def install(folder: Path, options: Options, progress: Progress | None = None) ->
     with _writing(home), _locked(home):
         before = _read_state(home)
         check_order(bundle, before, options.allow_downgrade)
+        _check_launcher(home, options.bin)
         _check_space(folder, bundle, home)
         identifier = _unused(bundle, before)
         copied = _stage(folder, bundle, home, identifier, progress or Silent())
@@ -443,13 +444,18 @@ def _write_state(home: Path, versions: Sequence[Installed]) -> None:
     paths.write_json(home / "state.json", {"versions": [dataclasses.asdict(version) for version in versions]})
 
 
-def _write_launcher(home: Path, folder: Path) -> Path:
-    """A command of the model's name: a conversation, or with words behind it one answer."""
+def _check_launcher(home: Path, folder: Path) -> None:
     launcher = folder / home.name
     if launcher.is_file() and str(home) not in launcher.read_text(encoding="utf-8", errors="replace"):
         raise WriteError(f"{launcher} is another program", "Choose another folder with --bin.")
-    paths.write_text(launcher, _LAUNCHER.format(home=_quoted(home), python=_quoted(Path(sys.executable))))
-    launcher.chmod(0o755)
+
+
+def _write_launcher(home: Path, folder: Path) -> Path:
+    """A command of the model's name: a conversation, or with words behind it one answer."""
+    launcher = folder / home.name
+    text = _LAUNCHER.format(home=_quoted(home), python=_quoted(Path(sys.executable)))
+    with paths.atomic_write(launcher, 0o777) as stream:  # executable at once: a kill may come before a chmod
+        stream.write(text.encode())
     return launcher
 
 
@@ -466,6 +472,9 @@ here=$(readlink -f {home}/current) || exit 1
 [ ! -d "$here/.site" ] || export PYTHONPATH="$here/.site"
 if [ $# -eq 0 ]; then
     exec {python} -s -m edgeft chat "$here"
+elif [ "$1" = --serve ]; then
+    shift
+    exec {python} -s -m edgeft serve "$here" "$@"
 fi
 exec {python} -s -m edgeft run "$here" "$*"
 """

@@ -50,7 +50,8 @@ def random_base(config: TrainConfig, original: ResolvedModel) -> ResolvedModel:
             sweep(imports_dir(), f".{folder.name}.*.tmp")
             with atomic_directory(folder) as made, quiet_libraries():
                 _make(original.path, made, shape, config.seed)
-                write_json(made / SIDECAR, {"origin": f"random weights, seed {config.seed}", "shape": shape})
+                origin = f"random, seed {config.seed}"
+                write_json(made / SIDECAR, {"origin": origin, "shape": shape, "licence": original.licence})
     return ResolvedModel("hf", folder, original.reference, original.licence)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from edgeft import plugins
 from edgeft.plugins import ConvertOptions, Source, TensorPlan
@@ -55,10 +55,12 @@ def _fallbacks(layers: list[TensorPlan], kind: str) -> list[str]:
     ]
 
 
-def _top(tensors: Any) -> list[str]:
-    tied = all(tensor.name != "output.weight" for tensor in tensors)
+def _top(tensors: Sequence[TensorPlan]) -> list[str]:
+    both = " and head, which are one" if all(tensor.name != "output.weight" for tensor in tensors) else ""
+    whole = sum(tensor.bytes for tensor in tensors)
     return [
-        f"{_TOP[tensor.name]}{' and head, which are one' if tied else ''}: {tensor.type}, trained through that rounding"
+        f"{_TOP[tensor.name]}{both}: {tensor.type}, trained through that rounding; "
+        f"{tensor.bytes / whole:.0%} of the file"
         for tensor in tensors
         if tensor.name in _TOP
     ]
