@@ -1,4 +1,4 @@
-"""Many streams at once, for minutes, some left half read: does memory stay flat, and is every text its reader's own?
+"""Many streams at once, for minutes, some left half read: is memory flat, and does every reader get its own text?
 
     python benchmarks/soak.py [--seconds 300] [--streams 64] [--model FILE] [--json]
 

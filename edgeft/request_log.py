@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from edgeft.errors import WriteError
 
@@ -149,6 +149,54 @@ class RequestLog:
                 f"SELECT {_NAMES}, rating FROM requests WHERE at >= ? AND at < ? ORDER BY number", (begin, end)
             ).fetchall()
         return [Rated(Request(*row[:-1]), row[-1]) for row in rows]
+
+
+def read_log(path: Path) -> list[Rated]:
+    """All requests of a server's log, or of a cascade's audit log (`edgeft/cascade/audit.py`), oldest first.
+
+    Raises:
+        WriteError: it is neither.
+    """
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        try:
+            columns = {row[1] for row in db.execute("PRAGMA table_info(requests)")}
+            if "author" in columns:
+                rows = db.execute("SELECT record FROM requests ORDER BY number").fetchall()
+                return [_audited(json.loads(row[0])) for row in rows]
+        except (sqlite3.Error, ValueError, KeyError) as error:
+            raise WriteError(f"cannot read {path}: {error}") from error
+    with RequestLog(path) as log:
+        return log.since(0)
+
+
+def _audited(record: Mapping[str, Any]) -> Rated:
+    """What an audit log knows of a request. It has no feedback: that is in the server's log."""
+    decode_s = (record["total_ms"] - (record["ttft_ms"] or 0)) / 1000
+    tokens = record["completion_tokens"]
+    request = Request(
+        record["id"],
+        record["at"],
+        "cascade",
+        "cascade",
+        "",
+        503 if record["finish"] in ("refused", "broken") else 200,
+        record["finish"],
+        record["error"] or None,
+        record["prompt_tokens"],
+        tokens,
+        ttft_ms=record["ttft_ms"],
+        total_ms=record["total_ms"],
+        tokens_per_s=(tokens - 1) / decode_s if tokens > 1 and decode_s > 0 else None,
+        confidence=record["confidence"],
+        deferral=None if record["author"] == "local" else deferral_of(record["reason"]),
+        cost=record["cost"],
+    )
+    return Rated(request, None)
+
+
+def deferral_of(reason: str) -> str:
+    """A reason without its figures, which come after a colon: few words that repeat, fit for counting."""
+    return reason.partition(":")[0].partition(";")[0]
 
 
 def as_line(request: Request) -> str:

@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
+import tiny_gguf
 from serving import Serving, serving, text_of
+from tiny_gguf import chain_of, write_adapter, write_scripted
 
 from edgeft.request_log import RequestLog
 
@@ -354,6 +357,8 @@ def test_feedback_is_stored_beside_the_request(server: Serving) -> None:
 def test_metrics(server: Serving) -> None:
     server.chat("count me")
     page = server.ask("/metrics")[1]
+    server.chat("count me", "nobody")
+    assert 'edgeft_errors_total{code="model_not_found",model="unknown"}' in server.ask("/metrics")[1]
     for name in ("edgeft_requests_total", "edgeft_time_to_first_token_seconds_count", "edgeft_tokens_total"):
         assert f"{name}{{" in page
 
@@ -398,7 +403,7 @@ def real(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.mark.model
 def test_a_real_model_streams_what_it_answers_whole(real: openai.OpenAI) -> None:
     asked: Any = {"model": "smollm2", "messages": say("Name a colour."), "max_tokens": 12, "temperature": 0}
-    # Once before: with its prompt in the cache a model computes the last token in a smaller batch and rounds otherwise
+    # Once before: with the prompt in the cache its last token is computed in a smaller batch, and rounded otherwise.
     real.chat.completions.create(**asked)
     whole = real.chat.completions.create(**asked).choices[0].message.content
     stream = real.chat.completions.create(**asked, stream=True)
@@ -427,3 +432,58 @@ def test_a_schema_that_cannot_be_kept_is_refused(real: openai.OpenAI) -> None:
     shape: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer", "multipleOf": 3}}}
     with pytest.raises(openai.BadRequestError, match="multipleOf"):
         real.chat.completions.create(model="smollm2", messages=say("hi"), response_format=shape)
+
+
+# --- Adapters and cascades ----------------------------------------------------
+
+
+def test_an_adapter_answers_under_its_own_name(tmp_path: Path) -> None:
+    """Of a model whose answers depend on its last token, an adapter on the head makes other answers."""
+    model = write_scripted(tmp_path / "base.gguf", chain_of("aaaa"))
+    a, b = np.zeros((1, 288), np.float32), np.zeros((tiny_gguf.VOCABULARY, 1), np.float32)
+    a[0, ord("\n")], b[ord("b"), 0] = 1, 20  # after the line break that ends the prompt: "b", not "a"
+    adapter = write_adapter(tmp_path / "b.gguf", "output.weight", a, b, alpha=1)
+    with serving(tmp_path, str(model), "--adapter", f"other={adapter}", "--max-tokens", "1") as server:
+        assert [one["id"] for one in server.ask("/v1/models")[1]["data"]] == ["base", "base:other"]
+        said = {
+            name: server.chat("hi", name)[1]["choices"][0]["message"]["content"]
+            for name in ("base", "base:other", "base")
+        }
+        assert said == {"base": "a", "base:other": "b"}
+    with (
+        pytest.raises(RuntimeError, match=r"b\.gguf"),
+        serving(tmp_path, "echo", "--runtime", "echo", "--adapter", f"x={adapter}"),
+    ):
+        pass
+
+
+CASCADE = """
+[local]
+model = "small.echo.json"
+runtime = "echo"
+[[cloud]]
+name = "cloud"
+url = "{url}/v1"
+model = "echo"
+price-out = 1.0
+[policy]
+kind = "cloud-only"
+[privacy]
+redact = false
+"""
+
+
+def test_a_cascade_is_a_model_that_says_who_wrote_what(tmp_path: Path, server: Serving) -> None:
+    pytest.importorskip("edgeft.cascade")
+    (tmp_path / "small.echo.json").write_text('{"default": "from the device"}')
+    (tmp_path / "hybrid.toml").write_text(CASCADE.format(url=server.url))
+    with serving(tmp_path, "hybrid.toml", EDGEFT_CLOUD_KEY="k" * 20) as running:
+        with running.stream("a question", "hybrid") as events:
+            chunks = list(events)
+        assert text_of(iter(chunks)) == "a question"
+        assert next(chunk["edgeft"]["author"] for chunk in chunks if "edgeft" in chunk) == "cloud"
+        whole = running.chat("a question", "hybrid")[1]
+        assert whole["edgeft"]["author"] == "cloud"
+        assert 'edgeft_deferrals_total{model="hybrid",reason="cloud only"} 2.0' in running.ask("/metrics")[1]
+        server_log = [event for event in running.events() if event["event"] == "request"]
+        assert all(event["cost"] > 0 and event["deferral"] == "cloud only" for event in server_log)

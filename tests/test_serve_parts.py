@@ -21,7 +21,7 @@ from edgeft.cli.main import main
 from edgeft.errors import UsageError, WriteError
 from edgeft.monitor import Limits, psi, read_reference, reference, report
 from edgeft.paths import home
-from edgeft.request_log import Rated, Request, RequestLog
+from edgeft.request_log import Rated, Request, RequestLog, read_log
 from edgeft.serve.app import Server, make_app
 from edgeft.serve.catalogue import Catalogue, parse_split
 from edgeft.serve.fair import FairQueue, QueueFull
@@ -150,6 +150,20 @@ def test_the_log_keeps_so_many(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no database " * 1000)
     with pytest.raises(WriteError, match="cannot use the request log"):
         RequestLog(tmp_path / "text")
+
+
+def test_the_audit_log_of_a_cascade_is_read_too(tmp_path: Path) -> None:
+    audit = pytest.importorskip("edgeft.cascade.audit")
+    types = pytest.importorskip("edgeft.cascade.types")
+    settings = pytest.importorskip("edgeft.cascade.settings").AuditSettings()
+    log = audit.AuditLog(tmp_path / "audit.sqlite", settings)
+    log.add(types.Record("1", 5.0, "cloud", reason="quantile: risk 2 above 1", cost=0.5, ttft_ms=9.0, total_ms=20.0))
+    log.add(types.Record("2", 6.0, confidence=-0.5, total_ms=20.0))
+    log.add(types.Record("3", 7.0, finish="refused", error="offline"))
+    log.close()
+    first, second, third = (rated.request for rated in read_log(tmp_path / "audit.sqlite"))
+    assert (first.deferral, first.cost, first.ttft_ms) == ("quantile", 0.5, 9.0)
+    assert (second.deferral, second.confidence, third.status) == (None, -0.5, 503)
 
 
 def drawn(count: int, mean: float, seed: int) -> list[Rated]:

@@ -31,7 +31,9 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--log", type=click.Path(path_type=Path), help="Request log.  [default: in edgeft's folder]")
+@click.option(
+    "--log", type=click.Path(path_type=Path), help="Of a server, or a cascade's audit log.  [default: the server's]"
+)
 @click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True, help="Look back.")
 @click.option("--model", help="Only this one.")
 @click.option("--baseline", type=click.Path(path_type=Path), help="What is usual; default: the log before that time.")
@@ -85,12 +87,11 @@ def monitor(
 
 def _requests(path: Path, hours: float, model: str | None) -> tuple[list[Rated], list[Rated]]:
     """The last hours, and all before them. Raises: UsageError when there is no log."""
-    from edgeft.request_log import RequestLog
+    from edgeft.request_log import read_log
 
     if not path.is_file():
         raise UsageError(f"there is no request log {path}", "edgeft serve writes one; --log says where it is.")
-    with RequestLog(path) as log:
-        everything = [rated for rated in log.since(0) if model in (None, rated.request.served, rated.request.model)]
+    everything = [rated for rated in read_log(path) if model in (None, rated.request.served, rated.request.model)]
     begin = time.time() - hours * _HOUR_S
     return (
         [rated for rated in everything if rated.request.at >= begin],

@@ -127,7 +127,9 @@ def _named(text: str) -> tuple[str, str]:
             raise UsageError(f"not a model: {text}", "Write NAME=MODEL, without a colon in the name.")
         return name, reference
     path = Path(text)
-    name = path.name.removesuffix(".gguf").removesuffix(".echo.json") if path.exists() else text
+    name = path.name if path.exists() else text
+    for ending in (".gguf", ".echo.json", ".toml"):
+        name = name.removesuffix(ending)
     return name.replace(":", "-"), text
 
 

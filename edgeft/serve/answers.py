@@ -15,7 +15,7 @@ from edgeft.chat import Usage
 from edgeft.request_log import Request
 from edgeft.serve.recorder import Recorder
 from edgeft.serve.replies import Reply, encode
-from edgeft.serve.work import Answerer, Failed, Job, Step, Work
+from edgeft.serve.work import Answerer, Failed, Job, Origin, Step, Work
 
 GONE = Failed(499, "the client went away", code="client_closed_request")
 
@@ -31,6 +31,7 @@ class Exchange:
         self._at, self._began = time.time(), time.perf_counter()
         self._first: float | None = None
         self._logprobs, self._scored = 0.0, 0
+        self._origin = Origin("")
 
     def saw(self, step: Step) -> None:
         if self._first is None:
@@ -38,6 +39,8 @@ class Exchange:
         if step.logprob:
             self._logprobs += step.logprob.logprob
             self._scored += 1
+        if step.usage and step.origin:
+            self._origin = step.origin
 
     def end(self, job: Job | None, usage: Usage | None = None, failed: Failed | None = None) -> None:
         """Write the record; called once, however the answer ended."""
@@ -57,7 +60,9 @@ class Exchange:
                 ttft_ms=round(self._first * 1000, 2) if self._first is not None else None,
                 total_ms=round((time.perf_counter() - self._began) * 1000, 2),
                 tokens_per_s=round(usage.decode_tokens_per_s, 2) if usage and usage.decode_s else None,
-                confidence=self._logprobs / self._scored if self._scored else None,
+                confidence=self._logprobs / self._scored if self._scored else self._origin.confidence,
+                deferral=self._origin.deferral,
+                cost=self._origin.cost,
             ),
             self.work,
             self.reply.text,

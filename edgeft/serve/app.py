@@ -86,6 +86,8 @@ def _route(server: Server, path: str, handler: Handler, method: str = "GET") -> 
             client = server.gate.client(request.headers.get("authorization"), request.headers.get("host"), address)
             return await handler(server, request, client)
         except Failed as failed:
+            if not getattr(request.state, "recorded", False):
+                server.recorder.refused(path, failed)
             return error_response(failed)
 
     return Route(path, endpoint, methods=[method])
@@ -114,6 +116,7 @@ async def _answer(
     served = server.catalogue.find(asked.model, asked.user or client)
     work = _prepared(asked.work, served.adapter, served.system, server.confidence)
     reply = make_reply(asked, asked.model)
+    request.state.recorded = True
     exchange = Exchange(reply, client, asked.model, served.name, work, server.recorder, server.limits.answer_s)
     return await (stream if asked.stream else whole)(exchange, served.answerer, request.receive)
 

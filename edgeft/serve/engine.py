@@ -17,7 +17,7 @@ from typing import Any
 from edgeft.chat import Usage
 from edgeft.errors import ModelError
 from edgeft.serve.fair import FairQueue, QueueFull
-from edgeft.serve.work import Failed, Loaded, Step, TokenLogprob, Work
+from edgeft.serve.work import Failed, Loaded, Origin, Step, TokenLogprob, Work
 
 _LINE = 1 << 24
 """Longest line from the process, in bytes: one step of an answer with all its alternatives is far below."""
@@ -53,10 +53,14 @@ class EngineJob:
     def __init__(self, engine: Engine, number: int, client: str, work: Work) -> None:
         self._engine, self.number, self.client, self.work = engine, number, client, work
         self.inbox: asyncio.Queue[Step | Failed] = asyncio.Queue()
-        self.cancelled = False
+        self.aborted_at: float | None = None
         self.done = asyncio.Event()
         self.queued_s = 0.0
         self._accepted = time.perf_counter()
+
+    @property
+    def cancelled(self) -> bool:
+        return self.aborted_at is not None
 
     async def steps(self) -> AsyncIterator[Step]:
         while True:
@@ -69,7 +73,7 @@ class EngineJob:
 
     def abort(self, failed: Failed) -> None:
         if not self.done.is_set() and not self.cancelled:
-            self.cancelled = True
+            self.aborted_at = time.perf_counter()
             self.inbox.put_nowait(failed)
             self._engine.cancel(self)
 
@@ -92,7 +96,8 @@ class Engine:
         self._queue: FairQueue[EngineJob] = FairQueue(queue_size)
         self._numbers = itertools.count(1)
         self._process: asyncio.subprocess.Process | None = None
-        self._current: EngineJob | None = None
+        self._running: dict[int, EngineJob] = {}
+        self._answering: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._up = asyncio.Event()
         self._failed_in_a_row = 0
@@ -104,7 +109,8 @@ class Engine:
     async def start(self) -> Loaded:
         """Load the model and begin to answer. Raises: ModelError when it cannot be loaded."""
         loaded = await self._spawn()
-        self._tasks = [asyncio.create_task(self._pump()), asyncio.create_task(self._feed())]
+        slots = asyncio.Semaphore(loaded.parallel)
+        self._tasks = [asyncio.create_task(self._pump()), asyncio.create_task(self._feed(slots))]
         return loaded
 
     async def _spawn(self) -> Loaded:
@@ -141,24 +147,27 @@ class Engine:
         self._up.clear()
         code = await self._process.wait()
         self.crashes += 1
-        if job := self._current:
-            job.end(Failed(500, f"the model's process ended {_ending(code)}", "server_error", "model_crashed"))
+        crashed = Failed(500, f"the model's process ended {_ending(code)}", "server_error", "model_crashed")
+        for job in list(self._running.values()):
+            job.end(crashed)
         while not self._closing:
             await asyncio.sleep(_RESTARTS_S[min(self._failed_in_a_row, len(_RESTARTS_S) - 1)])
             self._failed_in_a_row += 1
             with contextlib.suppress(ModelError):
                 await self._spawn()
                 return
-            for waiting in self._queue.drain():
-                waiting.end(Failed(503, "the model cannot be loaded", "server_error", "model_unavailable", None, 30))
+            failed = Failed(503, "the model cannot be loaded", "server_error", "model_unavailable", None, 30)
+            for waiting in [*self._queue.drain(), *self._running.values()]:
+                waiting.end(failed)
 
     async def close(self) -> None:
         """End the process; requests that are left get an error."""
         self._closing = True
         self.fail_all(Failed(503, "the server is shutting down", "server_error", "shutting_down", retry_after=5))
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._answering]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._process and self._process.returncode is None:
             with contextlib.suppress(OSError):
                 if self._process.stdin:
@@ -170,11 +179,11 @@ class Engine:
                 await self._process.wait()
 
     def fail_all(self, failed: Failed) -> None:
-        """End the answer that is being written and all that wait, with an error."""
+        """End the answers that are being written and all that wait, with an error."""
         for waiting in self._queue.drain():
             waiting.end(failed)
-        if self._current:
-            self._current.abort(failed)
+        for job in list(self._running.values()):
+            job.abort(failed)
 
     # --- Requests -----------------------------------------------------------
 
@@ -202,35 +211,46 @@ class Engine:
         return job
 
     def cancel(self, job: EngineJob) -> None:
-        if job is self._current:
+        if job.number in self._running:
             self._write({"cancel": job.number})
         elif self._queue.remove(job.client, job):
             job.done.set()
 
-    async def _feed(self) -> None:
+    async def _feed(self, slots: asyncio.Semaphore) -> None:
+        """Give the process as many requests at a time as it takes."""
         while True:
+            await slots.acquire()
             job = await self._queue.get()
-            self._current = job
+            self._running[job.number] = job
             await self._up.wait()
+            task = asyncio.create_task(self._one(job, slots))
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
+
+    async def _one(self, job: EngineJob, slots: asyncio.Semaphore) -> None:
+        try:
             if not job.done.is_set() and not job.cancelled:
                 job.started()
-                await self._one(job)
-            self._current = None
+                await self._asked(job)
+        finally:
+            job.done.set()
+            del self._running[job.number]
+            slots.release()
 
-    async def _one(self, job: EngineJob) -> None:
+    async def _asked(self, job: EngineJob) -> None:
         began = time.perf_counter()
         self._write({"id": job.number, "work": job.work.as_json()})
         finished = asyncio.ensure_future(job.done.wait())
         while not finished.done():
-            await asyncio.wait([finished], timeout=_OBEYS_S)
-            if job.cancelled and not finished.done() and self._process:
-                self._process.kill()  # it was told to stop long ago
-                await finished
+            await asyncio.wait([finished], timeout=_OBEYS_S / 4)
+            told = job.aborted_at is not None and time.perf_counter() - job.aborted_at > _OBEYS_S
+            if told and not finished.done() and self._process and self._process.returncode is None:
+                self._process.kill()
         self._seconds_per_job += 0.2 * (time.perf_counter() - began - self._seconds_per_job)
 
     def _deliver(self, said: Mapping[str, Any]) -> None:
-        job = self._current
-        if job is None or said.get("id") != job.number or job.done.is_set():
+        job = self._running.get(said["id"])
+        if job is None or job.done.is_set():
             return  # the rest of an answer that nobody waits for
         if "error" in said:
             job.end(_failure(said["error"]))
@@ -265,7 +285,8 @@ def _step(said: Mapping[str, Any]) -> Step:
         token, value, top = entry
         logprob = TokenLogprob(token, value, tuple((other, number) for other, number in top))
     usage = Usage(**said["usage"]) if "usage" in said else None
-    return Step(said["text"], logprob, usage)
+    origin = Origin(**said["origin"]) if "origin" in said else None
+    return Step(said["text"], logprob, usage, origin)
 
 
 def _failure(error: Mapping[str, Any]) -> Failed:

@@ -10,7 +10,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SPEEDS = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 400)
 UNKNOWN = "unknown"
-"""The label for names that are not served: a client must not be able to make labels."""
+"""The label for what never got to a model: a client must not be able to make labels of its own."""
 
 
 class Metrics:
@@ -53,6 +53,10 @@ class Metrics:
         self._queued.labels(request.served).observe(request.queued_ms / 1000)
         if request.tokens_per_s:
             self._speed.labels(request.served).observe(request.tokens_per_s)
+
+    def refused(self, status: int, code: str) -> None:
+        self._requests.labels(UNKNOWN, str(status)).inc()
+        self._errors.labels(UNKNOWN, code).inc()
 
     def rated(self, model: str, rating: str) -> None:
         self._feedback.labels(model, rating).inc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import IO
 from edgeft.errors import WriteError
 from edgeft.request_log import Rating, Request, RequestLog, as_line
 from edgeft.serve.metrics import Metrics
-from edgeft.serve.work import Work
+from edgeft.serve.work import Failed, Work
 
 Exporter = Callable[[Request], None]
 
@@ -44,6 +45,13 @@ class Recorder:
             self._exporter(request)
         if self._log:
             self._disk.submit(self._add, self._log, request)
+
+    def refused(self, path: str, failed: Failed) -> None:
+        """A request that never got to a model: in the lines and the metrics, not in the file."""
+        code = failed.code or failed.kind
+        self._metrics.refused(failed.status, code)
+        line = {"event": "refused", "at": time.time(), "path": path, "status": failed.status, "error": code}
+        print(json.dumps(line), file=self._lines, flush=True)
 
     def _add(self, log: RequestLog, request: Request) -> None:
         try:

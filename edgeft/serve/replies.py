@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from edgeft.chat import Usage
 from edgeft.serve.requests import Asked
 from edgeft.serve.tools import CallReader
-from edgeft.serve.work import Step, TokenLogprob
+from edgeft.serve.work import Origin, Step, TokenLogprob
 
 
 def encode(value: Any) -> bytes:
@@ -59,6 +59,7 @@ class ChatReply(_Base):
         self._reader = CallReader([tool["function"]["name"] for tool in asked.work.tools])
         self._calls: list[dict[str, Any]] = []
         self._logprobs: list[dict[str, Any]] = []
+        self._origin: Origin | None = None
 
     def opening(self) -> list[dict[str, Any]]:
         return [self._chunk({"role": "assistant", "content": ""})]
@@ -74,7 +75,8 @@ class ChatReply(_Base):
         logprobs = self._logprob(step.logprob)
         chunks = []
         if text or logprobs:
-            chunks.append(self._chunk({"content": text}, logprobs))
+            chunks.append({**self._chunk({"content": text}, logprobs), **_author(step.origin)})
+        self._origin = step.origin or self._origin
         if calls:
             numbered = [{"index": index, **call} for index, call in enumerate(calls)]
             chunks.append(self._chunk({"tool_calls": numbered}))
@@ -110,7 +112,8 @@ class ChatReply(_Base):
             message["tool_calls"] = self._calls
         logprobs = {"content": self._logprobs, "refusal": None} if self._asked.logprobs is not None else None
         choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": self._finish()}
-        return {**self._frame("chat.completion", [choice]), "usage": usage_object(self._usage)}
+        usage = usage_object(self._usage)
+        return {**self._frame("chat.completion", [choice]), "usage": usage, **_author(self._origin)}
 
 
 class TextReply(_Base):
@@ -173,6 +176,13 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.reused_tokens},
     }
+
+
+def _author(origin: Origin | None) -> dict[str, Any]:
+    """Not OpenAI's: who wrote what follows, where there can be several authors."""
+    if origin is None:
+        return {}
+    return {"edgeft": {"author": origin.author, "reason": origin.reason, "restart": origin.restart}}
 
 
 def _token(token: str, logprob: float) -> dict[str, Any]:

@@ -77,12 +77,27 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Who wrote what follows, of an answer that may have several authors. A cascade's last step sums up."""
+
+    author: str
+    reason: str = ""
+    restart: bool = False
+    """Whether the answer begins anew."""
+    deferral: str | None = None
+    """On the last step: why the cloud was asked, in a few words that repeat; None when it was not."""
+    cost: float = 0.0
+    confidence: float | None = None
+
+
+@dataclass(frozen=True)
 class Step:
     """One step of an answer; the last one carries `usage`."""
 
     text: str
     logprob: TokenLogprob | None = None
     usage: Usage | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,8 @@ class Loaded:
     """SHA-256 of the artifact, from its manifest."""
     system: Mapping[str, str | None] = field(default_factory=dict)
     """Adapter name ("" for none) -> the system prompt of its training."""
+    parallel: int = 1
+    """Requests it takes at a time."""
 
 
 class Job(Protocol):
