@@ -20,6 +20,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "bench": ("matplotlib",),
     "tui": ("textual", "textual_plotext"),
     "deploy": ("asyncssh", "cryptography", "zstandard"),
+    "cloud": ("httpx2",),
+    "cascade": ("keyring",),
     "onnx": ("onnxruntime", "onnxruntime_genai", "numpy", "jinja2", "tokenizers"),
     "onnx-export": ("onnx", "onnx_ir", "torch", "transformers"),
 }

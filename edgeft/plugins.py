@@ -26,6 +26,7 @@ BUILT_IN: Mapping[Family, Mapping[str, str]] = {
         "xllamacpp": "edgeft.runtimes.xllamacpp:runtime",
         "onnxruntime-genai": "edgeft.runtimes.onnxruntime_genai:runtime",
         "onnxruntime": "edgeft.runtimes.onnxruntime:runtime",
+        "openai": "edgeft.runtimes.openai:runtime",
         "echo": "edgeft.runtimes.echo:runtime",
     },
     "devices": {"catalogue": "edgeft.devices.catalogue:source", "own": "edgeft.devices.own:source"},

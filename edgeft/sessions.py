@@ -84,6 +84,8 @@ def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None
 
     Which files are models is for the runtimes to say: one that somebody else wrote may read what edgeft does not.
     """
+    if reference.startswith(("http://", "https://")):
+        return Artifact(Path(reference.rpartition("#")[2]), address=reference)
     path = Path(reference).expanduser().absolute()
     if is_bundle(path):
         return open_artifact(path / read_bundle(path).model)

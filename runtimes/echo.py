@@ -76,7 +76,7 @@ class EchoRuntime:
 
     def supports(self, artifact: Artifact) -> Support:
         # Never a real model: with no llama.cpp installed, "auto" would otherwise answer with an echo.
-        if artifact.path.exists() and not artifact.path.name.endswith(".echo.json"):
+        if artifact.address or (artifact.path.exists() and not artifact.path.name.endswith(".echo.json")):
             return Support(False, f"{artifact.path.name} is not an .echo.json script")
         return Support(True)
 
