@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "package": ("edgeft.cli.package:package", "Pack a model with all it needs to run on a device, offline."),
     "install": ("edgeft.cli.install:install", "Install a bundle on this machine; roll back, uninstall."),
     "deploy": ("edgeft.cli.deploy:deploy", "Bring a bundle onto devices over SSH; status, rollback."),
+    "cascade": ("edgeft.cli.cascade:cascade", "Answer on the device, ask the cloud only when it pays."),
     "data": ("edgeft.cli.data:data", "Check, prepare and split data sets."),
     "models": ("edgeft.cli.models:models", "List, pull, import and remove models."),
     "devices": ("edgeft.cli.devices:devices", "Profiles of devices; what a model needs and does on them."),
