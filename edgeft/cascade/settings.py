@@ -215,7 +215,7 @@ def _section(kind: type[Section], table: Any, where: str) -> Section:
 
 def _typed(value: Any, kind: str, where: str) -> Any:
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(entry, str) for entry in value):
         return tuple(value)
     if type(value).__name__ != kind:
