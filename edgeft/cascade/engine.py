@@ -50,9 +50,19 @@ class Cascade:
         self.policy, self.threshold = self._calibrated()
 
     @classmethod
-    def open(cls, path: Path, progress: Progress | None = None) -> Cascade:
-        """Raises: ConfigError; what `open_session` raises."""
+    def open(cls, path: Path, progress: Progress | None = None, *, calibrated: bool = True) -> Cascade:
+        """A cascade by its settings.
+
+        Args:
+            calibrated: False leaves the calibration aside, which is about to be made.
+
+        Raises:
+            ConfigError; what `open_session` raises.
+        """
         settings = read_settings(path)
+        if not calibrated:
+            kept = dataclasses.replace(settings.policy, kind="on-error", calibration="")
+            settings = dataclasses.replace(settings, policy=kept)
         local = settings.local
         options = LoadOptions(context=local.context or None, threads=local.threads or None)
         beside = settings.beside(local.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ def rows_of(figures: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]
         low, high = each["apgr_interval"]
         shares = [f"{value:.1%}" for value in each["deferred_at"].values()]
         rows.append((name, f"{each['apgr']:.3f} [{low:.3f}, {high:.3f}]", *shares))
-    return rows  # type: ignore[return-value]
+    return rows
 
 
 def _number(value: float) -> float:
@@ -120,7 +121,7 @@ def plot(figures: dict[str, Any], width: int = 60, height: int = 14) -> str:
 
 
 def _at(points: Sequence[Sequence[float]], share: float) -> float:
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= share <= x1:
             return y0 + (y1 - y0) * (share - x0) / (x1 - x0) if x1 > x0 else y1
     return points[-1][1]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from edgeft.cli._cascade_tune import report, tune
 from edgeft.cli._output import dry_run_option, json_option, note, print_json, print_table
 from edgeft.errors import ExitCode, UsageError
 from edgeft.paths import write_text
@@ -90,3 +91,7 @@ def log(file: Path, last: int, as_json: bool) -> int:
     ]
     print_table(("at (UTC)", "author", "left", "cost", "end", "why"), rows)
     return ExitCode.OK
+
+
+cascade.add_command(tune)
+cascade.add_command(report)
