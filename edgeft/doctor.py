@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "serve": ("starlette", "uvicorn", "prometheus_client"),
     "otel": ("opentelemetry",),
     "bench": ("matplotlib",),
+    "cascade": ("keyring",),
     "onnx": ("onnxruntime", "onnxruntime_genai", "numpy", "jinja2", "tokenizers"),
     "onnx-export": ("onnx", "onnx_ir", "torch", "transformers"),
 }

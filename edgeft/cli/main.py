@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "deploy": ("edgeft.cli.deploy:deploy", "Bring a bundle onto devices over SSH; status, rollback."),
     "serve": ("edgeft.cli.serve:serve", "Models behind OpenAI's protocol, for every client that speaks it."),
     "monitor": ("edgeft.cli.monitor:monitor", "Watch a server's answers: feedback, speed, drift."),
+    "cascade": ("edgeft.cli.cascade:cascade", "Answer on the device, ask the cloud only when it pays."),
     "data": ("edgeft.cli.data:data", "Check, prepare and split data sets."),
     "models": ("edgeft.cli.models:models", "List, pull, import and remove models."),
     "devices": ("edgeft.cli.devices:devices", "Profiles of devices; what a model needs and does on them."),
