@@ -7,13 +7,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeft.artifact import Artifact
-from edgeft.chat import Cancel, Delta, FinishReason, Message, Sampling, TokenIds, Usage
+from edgeft.chat import Cancel, ChatTemplate, Delta, FinishReason, Message, Sampling, TokenIds, Usage
 from edgeft.errors import ModelError, UsageError, require
 from edgeft.paths import parse_json
 from edgeft.plugins import AdapterScale, LoadOptions, Session, Support
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIG = "genai_config.json"
+GROWING = "growing-cache"
+"""`model.type` of graphs that take keys and values and return them, longer, as new tensors: Optimum's."""
 DEFAULT_CONTEXT = 4096
 _LOGITS_BYTES = 32 << 20
 """The graphs compute logits of every token given; this bounds how many are given at once."""
@@ -46,6 +48,8 @@ class Shape:
     vocabulary: int
     context: int
     """Tokens that will be held, at most as many as the model was trained for."""
+    kind: str = ""
+    """The graph's `model.type`."""
 
     @property
     def cache_bytes(self) -> int:
@@ -73,10 +77,20 @@ class OnnxRuntime:
     name: str
     module: str
     engine: Callable[[Path, Shape, LoadOptions], Engine]
+    growing: bool = False
+    """Whether it also runs graphs that return their keys and values anew from every call."""
+    lacks: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "json": "onnxruntime has no grammars",
+            "adapters": "an ONNX graph takes no adapters at run time",
+        }
+    )
 
     def supports(self, artifact: Artifact) -> Support:
         if not (artifact.path / CONFIG).is_file():
             return Support(False, f"{artifact.path.name} is not an ONNX folder with a {CONFIG}")
+        if not self.growing and _kind(artifact.path) == GROWING:
+            return Support(False, f"{artifact.path.name} is Optimum's kind of graph, which onnxruntime runs")
         return self.ready()
 
     def ready(self) -> Support:
@@ -90,6 +104,13 @@ class OnnxRuntime:
         text = HfText(artifact.path)
         _check_memory(shape, artifact.path, options)
         return OnnxSession(self.engine(artifact.path, shape, options), text, shape, artifact.path, options)
+
+
+def _kind(folder: Path) -> str:
+    try:
+        return str(parse_json((folder / CONFIG).read_bytes())["model"]["type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # loading will say what is wrong
 
 
 def read_shape(folder: Path, options: LoadOptions) -> Shape:
@@ -106,6 +127,7 @@ def read_shape(folder: Path, options: LoadOptions) -> Shape:
             int(decoder["head_size"]),
             int(model["vocab_size"]),
             min(options.context or DEFAULT_CONTEXT, longest),
+            str(model.get("type", "")),
         )
     except FileNotFoundError:
         raise ModelError(f"{folder} has no {CONFIG}", "Export the model again.") from None
@@ -144,6 +166,8 @@ def first_line(error: Exception) -> str:
 class OnnxSession:
     """One graph and one sequence whose keys and values are kept between calls."""
 
+    engine_name = "onnxruntime"
+
     def __init__(self, engine: Engine, text: HfText, shape: Shape, path: Path, options: LoadOptions) -> None:
         self._engine: Engine | None = engine
         self._text, self._path = text, path
@@ -176,7 +200,10 @@ class OnnxSession:
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> TokenIds:
         self._alive()
         # Training adds nothing to what the template writes.
-        return self._text.tokenize(self._text.template().render(messages, tools=tools), special=True)
+        return self._text.tokenize(self._template().render(messages, tools=tools), special=True)
+
+    def _template(self) -> ChatTemplate:
+        return self._text.template()
 
     def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> TokenIds:
         self._alive()
@@ -194,7 +221,8 @@ class OnnxSession:
             raise UsageError("the prompt is empty")
         if sampling.json_schema is not None:
             raise UsageError(
-                "onnxruntime cannot follow a JSON schema", "Export to GGUF for that: edgeft export … --to gguf-q4."
+                f"{self.engine_name} cannot follow a JSON schema",
+                "Export to GGUF for that: edgeft export … --to gguf-q4.",
             )
         if len(prompt) >= self.context:
             raise ModelError(

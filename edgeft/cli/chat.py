@@ -40,6 +40,9 @@ COMMANDS = """\
 /retry         take back the last answer and try again, with the next seed
 /save FILE     write the conversation: .jsonl or .json as training data, anything else as Markdown
 /list          stored conversations
+/search WORDS  stored messages with these words
+/title TEXT    name this conversation
+/branch        go on in a copy of this conversation; the old one stays as it is
 /exit          leave (also Ctrl-D)
 
 End a line with \\ to go on in the next one, or put a text of many lines between two lines of \"\"\".
@@ -61,6 +64,7 @@ Examples:
 @adapter_option
 @click.option("--resume", is_flag=False, flag_value=LATEST, metavar="[ID]", help="Go on with a stored conversation.")
 @click.option("--list", "list_only", is_flag=True, help="Show stored conversations.")
+@click.option("--search", metavar="WORDS", help="Show stored messages with these words.")
 @click.option("--no-history", is_flag=True, help="Store nothing.")
 @run_options
 @json_option
@@ -70,6 +74,7 @@ def chat(
     adapters: tuple[str, ...],
     resume: str | None,
     list_only: bool,
+    search: str | None,
     no_history: bool,
     as_json: bool,
     **flags: Any,
@@ -80,6 +85,9 @@ def chat(
     """
     if list_only:
         _print_conversations(as_json)
+        return ExitCode.OK
+    if search is not None:
+        _print_found(search, as_json)
         return ExitCode.OK
     if no_history and resume:
         raise UsageError("--resume needs the history that --no-history leaves out")
@@ -130,6 +138,18 @@ def _print_conversations(as_json: bool) -> None:
         for one in summaries
     ]
     print_table(("id", "begun (UTC)", "model", "messages", "first message"), rows)
+
+
+def _print_found(words: str, as_json: bool) -> None:
+    path, found = history_file(), []
+    if path.is_file():
+        with History(path) as history:
+            found = history.search(words)
+    if as_json:
+        print_json([vars(one) for one in found])
+        return
+    rows = [(one.conversation, _short(one.title, 30), one.role, " ".join(one.snippet.split())) for one in found]
+    print_table(("id", "conversation", "who", "text"), rows)
 
 
 def _short(text: str, length: int = 60) -> str:
@@ -184,12 +204,32 @@ class _Chat:
             "/retry": lambda _: self._retry(),
             "/save": self._save,
             "/list": lambda _: _print_conversations(self.as_json),
+            "/search": lambda words: _print_found(words, self.as_json),
+            "/title": self._title,
+            "/branch": lambda _: self._branch(),
         }
 
     def _reset(self) -> None:
         old = self.conversation
         self.conversation = Conversation(old.model, old.runtime, old.system, old.history)
         note(_dim("a new conversation"))
+
+    def _stored(self) -> tuple[History, int]:
+        """Raises: UsageError when the conversation is not in the history."""
+        if self.conversation.history is None or self.conversation.id is None:
+            raise UsageError("this conversation is not stored yet", "Say something first; --no-history stores nothing.")
+        return self.conversation.history, self.conversation.id
+
+    def _title(self, text: str) -> None:
+        history, number = self._stored()
+        history.rename(number, text)
+        note(_dim(f"conversation {number}: {text or 'no title'}"))
+
+    def _branch(self) -> None:
+        history, number = self._stored()
+        copy = history.branch(number, self.conversation.messages[-1].id if self.conversation.messages else 0)
+        self.conversation = Conversation.resume(history, copy)
+        note(_dim(f"now in conversation {copy}, a copy of {number}"))
 
     def _system(self, text: str) -> None:
         if text:
