@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install dev test test-slow test-reference lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean
+.PHONY: help demo install dev test test-slow test-reference test-deploy test-arm64 lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean bench-forecast bench-serve soak test-clients
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,14 +22,23 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	touch $@
 
 test: dev ## run the tests
-	$(BIN)/pytest -m "not slow and not reference"
+	$(BIN)/pytest -m "not slow and not reference and not arm64"
 
 test-slow: dev ## all tests: kills, soak, llama.cpp as the reference (needs llama-cpp-python and npm)
-	$(BIN)/pytest -m "not reference"
+	$(BIN)/pytest -m "not reference and not arm64"
 
 test-reference: dev ## compare exports with llama.cpp's own converter and quantizer (builds llama-cpp-python)
 	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
 	$(BIN)/pytest -m reference
+
+test-deploy: dev ## deployment to real SSH servers: cuts, kills, full disks, fleets, Ansible (as root: all of it)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests/test_deploy.py tests/test_deploy_fleet.py
+
+test-arm64: dev ## a Raspberry Pi 5's bundle in an arm64 Debian under emulation (root, qemu-user-static, mmdebstrap)
+	$(BIN)/pytest tests/test_arm64.py
+test-clients: dev ## `llm` and `litellm` against `edgeft serve`, in an environment of their own
+	test -x .cache/clients/bin/llm || { $(PYTHON) -m venv .cache/clients && .cache/clients/bin/pip install --quiet llm litellm; }
+	SERVE_CLIENTS=$(CURDIR)/.cache/clients $(BIN)/pytest tests/test_serve_clients.py
 
 lint: dev ## style, and the generated pages are up to date
 	$(BIN)/ruff format --check .
@@ -61,8 +70,17 @@ bench-runtime: dev ## decoding against the bare binding (builds llama-cpp-python
 bench-fit: dev ## types chosen for a size against llama.cpp's mixtures
 	$(BIN)/python benchmarks/fit.py
 
+bench-forecast: dev ## forecasts against published speeds; docs/bench.md says how on this machine
+	$(BIN)/python benchmarks/forecast.py
+
 bench-ledger: dev ## every way to ship the run of the demo, in one ledger
 	$(BIN)/python benchmarks/ledger.py demo/run --work .cache/ledger
+
+bench-serve: dev ## what the server adds to the bare runtime
+	$(BIN)/python benchmarks/serve.py
+
+soak: dev ## 64 streams for five minutes, some left half read: memory, and no text in the wrong hands
+	$(BIN)/python benchmarks/soak.py
 
 parity: dev ## every tensor against llama.cpp's own converter and quantizer
 	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python

@@ -203,7 +203,7 @@ def check_ternary(weights: NDArray[np.float32]) -> None:
     error = float(np.sqrt(np.square(blocks - rounded).sum() / np.square(blocks).sum()))
     raise ModelError(
         f"the weights are not ternary: {error:.0%} of their norm would be lost",
-        "Take --to gguf-q4 (or gguf-iq2_xxs, with an importance matrix), or --force to lose it.",
+        "Take --to gguf-q4, or train ternary weights: edgeft train --for gguf-tq2_0. --force stores them all the same.",
     )
 
 

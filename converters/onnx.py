@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 
 from edgeft.artifact import Artifact
 from edgeft.errors import MissingDependency, UsageError
@@ -48,6 +49,16 @@ class OnnxConverter:
         from .onnx_write import convert
 
         return convert(plan, load(), progress)
+
+    def from_graph(
+        self, file: Path, model: Path, source: Source, target: str, options: ConvertOptions, progress: Progress
+    ) -> Artifact:
+        """Quantize a float graph of another exporter's. See `onnx_graph_file.quantize_file`."""
+        if not (support := self.ready()).ok:
+            raise MissingDependency(support.reason, support.install)
+        from .onnx_graph_file import quantize_file
+
+        return quantize_file(file, model, source, target, options, progress)
 
 
 converter = OnnxConverter()

@@ -106,16 +106,20 @@ def _sync(folder: Path) -> None:
 
 def write_text_side(source: Source, details: Details, folder: Path) -> None:
     """Configuration of the merged model, tokenizer and template as trained, and every id that ends an answer."""
-    tokenizer = tokenizer_folder(source)
-    for name in _TEXT_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+    copy_text(tokenizer_folder(source), folder)
     if (template := template_of(source)) is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write_json(folder / "config.json", dict(details.weights.config))
     generation = source.base / "generation_config.json"
     kept = parse_json(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
     _write_json(folder / "generation_config.json", {**kept, "eos_token_id": list(stop_ids(source))})
+
+
+def copy_text(tokenizer: Path, folder: Path) -> None:
+    """The files of a tokenizer, the template among them."""
+    for name in (*_TEXT_FILES, "chat_template.jinja", "config.json", "generation_config.json"):
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
 
 
 def template_of(source: Source) -> str | None:

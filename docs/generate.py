@@ -1,4 +1,5 @@
-"""Write cli.md from the commands, gguf-models.md and parity.md from the tests, or check that they are up to date.
+"""Write cli.md from the commands, gguf-models.md and parity.md from the tests, forecast.md from a benchmark's data, or
+check that they are up to date.
 
 python docs/generate.py [--check]
 """
@@ -14,7 +15,9 @@ import click
 from edgeft.cli.main import cli
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import parity_types
+import published
 import tiny_families
 from edgeft.converters.families import FAMILIES
 from edgeft.converters.families.family import Family
@@ -23,6 +26,7 @@ from reference import FILE_TYPES
 PAGE = Path(__file__).parent / "cli.md"
 MODELS = Path(__file__).parent / "gguf-models.md"
 PARITY = Path(__file__).parent / "parity.md"
+FORECAST = Path(__file__).parent / "forecast.md"
 HEAD = "# Command reference\n\nMade from the commands' own help by `make docs`; do not edit.\n"
 
 
@@ -114,6 +118,7 @@ def main() -> int:
         PAGE: HEAD + "".join(commands(cli, ("edgeft",), None)),
         MODELS: "".join(models()),
         PARITY: "".join(parity()),
+        FORECAST: published.page(published.Published()),
     }
     if "--check" not in sys.argv:
         for file, text in pages.items():

@@ -6,7 +6,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,19 @@ class Figure:
     value: float
     basis: str
     source: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the measured runtime makes of weights of one type on a device."""
+
+    type: str
+    decode: Figure
+    """GB/s (1e9) at which weights are read while decoding."""
+    prefill: Figure
+    """GOPS on a prompt."""
+    repacked: bool = False
+    """Whether they are copied into another order when they are loaded."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,18 @@ class DeviceProfile:
     """The same with weights repacked for the kernels; None: this processor has no such kernels."""
     storage: Figure | None = None
     """MB/s (1e6) at which a file is read."""
+    attention: Figure | None = None
+    """GB/s at which keys and values that are kept are gone through, once for every query head."""
+    overhead: Figure | None = None
+    """Microseconds per layer and token, whatever its size: small operations, and threads that wait for each other."""
+    base: Figure | None = None
+    """Bytes that Python and the runtime take without a model."""
+    runtime: str = ""
+    """The runtime that was measured; empty where figures are of llama.cpp in general."""
+    flash_attention: bool = True
+    """Whether that runtime computes attention without a table of scores."""
+    kernels: tuple[Kernel, ...] = ()
+    """What was measured type by type; other types take `bandwidth` and `prefill`."""
     file: str = field(default="", compare=False)
 
     @property
@@ -66,20 +91,21 @@ class DeviceProfile:
         """Bytes a model and its runtime may take."""
         return int(self.memory.value - self.reserve.value)
 
+    def kernel(self, type_: str) -> Kernel | None:
+        """That of a type; None: it was not measured."""
+        return next((kernel for kernel in self.kernels if kernel.type == type_), None)
+
     def as_dict(self) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, Figure):
-                value = {"value": value.value, "basis": value.basis, "source": value.source}
-            values[item.name] = list(value) if isinstance(value, tuple) else value
-        return values
+        values = asdict(self)
+        return {**values, "isa": list(self.isa), "kernels": list(values["kernels"])}
 
 
 _TEXTS = ("name", "title", "architecture", "python", "glibc", "cpu", "system")
-_MAY_BE_EMPTY = ("python", "glibc")
-_FIGURES = ("cores", "decode_threads", "memory", "reserve", "bandwidth", "prefill", "prefill_repacked", "storage")
-_OPTIONAL = ("prefill_repacked", "storage")
+_MAY_BE_EMPTY = ("python", "glibc", "runtime")
+_REQUIRED = ("cores", "decode_threads", "memory", "reserve", "bandwidth", "prefill")
+_OPTIONAL = ("prefill_repacked", "storage", "attention", "overhead", "base")
+_FIGURES = (*_REQUIRED, *_OPTIONAL)
+_OTHERS = ("isa", "runtime", "flash_attention", "kernels")
 
 
 def parse_profile(text: str, file: str) -> DeviceProfile:
@@ -92,10 +118,18 @@ def parse_profile(text: str, file: str) -> DeviceProfile:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: {error}") from error
-    _check_keys(document, {*_TEXTS, *_FIGURES, "isa"}, file)
+    _check_keys(document, {*_TEXTS, *_FIGURES, *_OTHERS}, file)
     texts = {key: _text(document, key, file) for key in _TEXTS}
-    figures = {key: _figure(document, key, file) for key in _FIGURES if key not in _OPTIONAL or key in document}
-    profile = DeviceProfile(**texts, isa=_names(document, file), file=file, **figures)  # type: ignore[arg-type]
+    figures = {key: _figure(document, key, file) for key in _FIGURES if key in _REQUIRED or key in document}
+    profile = DeviceProfile(
+        **texts,  # type: ignore[arg-type]
+        isa=_names(document, file),
+        runtime=_text({"runtime": "", **document}, "runtime", file),
+        flash_attention=_flag(document, "flash_attention", True, file),
+        kernels=_kernels(document, file),
+        file=file,
+        **figures,  # type: ignore[arg-type]
+    )
     if profile.usable <= 0:
         raise ConfigError(f"{file}: reserve: {profile.reserve.value:g} bytes are not less than memory")
     return profile
@@ -122,6 +156,30 @@ def _names(document: Mapping[str, Any], file: str) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _flag(document: Mapping[str, Any], key: str, default: bool, file: str) -> bool:
+    value = document.get(key, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{file}: {key} must be true or false, not {value!r}")
+    return value
+
+
+def _kernels(document: Mapping[str, Any], file: str) -> tuple[Kernel, ...]:
+    entries = document.get("kernels", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"{file}: kernels must be tables, each [[kernels]]")
+    return tuple(_kernel(entry, f"{file}: kernels[{at}]") for at, entry in enumerate(entries))
+
+
+def _kernel(entry: Mapping[str, Any], file: str) -> Kernel:
+    _check_keys(entry, {"type", "decode", "prefill", "repacked"}, file)
+    return Kernel(
+        type=_text(entry, "type", file),
+        decode=_figure(entry, "decode", file),
+        prefill=_figure(entry, "prefill", file),
+        repacked=_flag(entry, "repacked", False, file),
+    )
+
+
 def _figure(document: Mapping[str, Any], key: str, file: str) -> Figure:
     entry = document.get(key)
     if not isinstance(entry, dict):
@@ -143,12 +201,22 @@ def write_profile(profile: DeviceProfile, path: Path) -> None:
 
     lines = [f"{key} = {_quoted(getattr(profile, key))}" for key in _TEXTS]
     lines.append(f"isa = [{', '.join(map(_quoted, profile.isa))}]")
-    for key in _FIGURES:
-        figure: Figure | None = getattr(profile, key)
-        if figure is not None:
-            said = f"basis = {_quoted(figure.basis)}, source = {_quoted(figure.source)}"
-            lines.append(f"{key} = {{ value = {figure.value!r}, {said} }}")
+    if profile.runtime:
+        lines.append(f"runtime = {_quoted(profile.runtime)}")
+    if not profile.flash_attention:
+        lines.append("flash_attention = false")
+    figures = {key: getattr(profile, key) for key in _FIGURES}
+    lines += [f"{key} = {_table(figure)}" for key, figure in figures.items() if figure is not None]
+    for kernel in profile.kernels:
+        lines += ["", "[[kernels]]", f"type = {_quoted(kernel.type)}"]
+        lines += [f"decode = {_table(kernel.decode)}", f"prefill = {_table(kernel.prefill)}"]
+        lines += ["repacked = true"] * kernel.repacked
     write_text(path, "\n".join(lines) + "\n")
+
+
+def _table(figure: Figure) -> str:
+    said = f"basis = {_quoted(figure.basis)}, source = {_quoted(figure.source)}"
+    return f"{{ value = {figure.value!r}, {said} }}"
 
 
 def _quoted(text: str) -> str:

@@ -119,7 +119,7 @@ def for_target(origin: Origin, target: str) -> Origin:
     """
     if origin.source.packed is None or origin.run is None or target == (trained := origin.run.manifest().target):
         return origin
-    if origin.source.adapter is None:
+    if origin.source.adapter is None and origin.run.manifest().method != "full":
         raise UsageError(f"{origin.run.path} trained the scales of {trained}", f"--to {trained}")
     return dataclasses.replace(origin, source=dataclasses.replace(origin.source, packed=None))
 
@@ -279,7 +279,7 @@ def _from_run(found: ResolvedModel, progress: Progress) -> Origin:
     if not base.is_dir():
         # The store may have been moved or emptied since; the reference still says what it was.
         base = resolve(str(manifest.base["reference"]), want="hf", progress=progress).path
-    full = run.adapter is None and manifest.target is None
+    full = manifest.method == "full"
     nf4 = manifest.method == "qlora"
     packed = run.packed if manifest.target else None
     source = Source(base, run.adapter, str(manifest.base["reference"]), manifest.chat_template, nf4, packed)

@@ -44,9 +44,28 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE INDEX messages_by_conversation ON messages (conversation, id)",
     ),
+    (
+        "ALTER TABLE conversations ADD COLUMN title TEXT",
+        "CREATE VIRTUAL TABLE messages_text USING fts5 (content, content = 'messages', content_rowid = 'id')",
+        "INSERT INTO messages_text (messages_text) VALUES ('rebuild')",
+        """CREATE TRIGGER messages_added AFTER INSERT ON messages BEGIN
+            INSERT INTO messages_text (rowid, content) VALUES (new.id, new.content);
+        END""",
+        """CREATE TRIGGER messages_changed AFTER UPDATE OF content ON messages BEGIN
+            INSERT INTO messages_text (messages_text, rowid, content) VALUES ('delete', old.id, old.content);
+            INSERT INTO messages_text (rowid, content) VALUES (new.id, new.content);
+        END""",
+        """CREATE TRIGGER messages_removed AFTER DELETE ON messages BEGIN
+            INSERT INTO messages_text (messages_text, rowid, content) VALUES ('delete', old.id, old.content);
+        END""",
+    ),
 )
 """What brings the file from version n to n + 1; `PRAGMA user_version` says where it is. Only ever append."""
 
+_TITLE = (
+    "coalesce(title, (SELECT content FROM messages AS said WHERE said.conversation = conversations.id"
+    " AND said.role = 'user' ORDER BY withdrawn, id LIMIT 1), '')"
+)
 _BUSY_S = 10.0
 """How long to wait for another process that is writing."""
 _GROWTH_S = 0.25
@@ -81,7 +100,18 @@ class Summary:
     model: str
     messages: int
     title: str
-    """The first thing the user said."""
+    """What the user named it, else the first thing the user said."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A message that a search found."""
+
+    conversation: int
+    title: str
+    role: str
+    snippet: str
+    """The words around what was looked for, which is between « and »."""
 
 
 class History:
@@ -145,6 +175,33 @@ class History:
     def set_system(self, conversation: int, system: str | None) -> None:
         self._execute("UPDATE conversations SET system = ? WHERE id = ?", (system, conversation))
 
+    def rename(self, conversation: int, title: str) -> None:
+        self._execute("UPDATE conversations SET title = ? WHERE id = ?", (title.strip() or None, conversation))
+
+    def branch(self, conversation: int, last: int) -> int:
+        """A new conversation that begins as this one does, up to and including the message `last`; its id."""
+        old = self.conversation(conversation)
+        new = self.begin(old.model, old.runtime, old.system)
+        for message in old.messages:
+            if message.id <= last:
+                state: State = "stopped" if message.state == "writing" else message.state
+                self.add(new, message.role, message.content, state)
+        return new
+
+    def search(self, text: str, limit: int = 50) -> list[Found]:
+        """Messages with words that begin as those of `text` do, the best first."""
+        words = " ".join('"' + word.replace('"', '""') + '"*' for word in text.split())
+        if not words:
+            return []
+        rows = self._execute(
+            f"SELECT conversations.id, {_TITLE}, role, snippet(messages_text, 0, '«', '»', '…', 12)"
+            " FROM messages_text JOIN messages ON messages.id = messages_text.rowid"
+            " JOIN conversations ON conversations.id = conversation"
+            " WHERE messages_text MATCH ? AND NOT withdrawn ORDER BY rank LIMIT ?",
+            (words, limit),
+        )
+        return [Found(*row) for row in rows]
+
     def conversation(self, number: int) -> StoredConversation:
         """Raises: UsageError when there is none of that number."""
         rows = self._execute("SELECT created, model, runtime, system FROM conversations WHERE id = ?", (number,))
@@ -174,8 +231,7 @@ class History:
         rows = self._execute(
             "SELECT id, created, model,"
             " (SELECT count(*) FROM messages WHERE conversation = conversations.id AND NOT withdrawn),"
-            " coalesce((SELECT content FROM messages WHERE conversation = conversations.id AND role = 'user'"
-            "  ORDER BY withdrawn, id LIMIT 1), '')"
+            f" {_TITLE}"
             " FROM conversations ORDER BY id DESC LIMIT ?",
             (limit,),
         )

@@ -46,8 +46,8 @@ def user_config_file() -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`; on success fsync it and rename it over `path`.
+def atomic_write(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path`; on success fsync it and rename it over `path`, with `mode` less the umask.
 
     The temporary name starts with a dot and ends in `.tmp`, so no reader takes it for a result.
 
@@ -66,7 +66,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             stream.flush()
             os.fsync(stream.fileno())
         # mkstemp makes files private; results are ordinary files.
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(mode & ~_umask())
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as error:

@@ -133,12 +133,12 @@ def run(passes: Passes, progress: Progress) -> Artifact:
     return Artifact(out, manifest)
 
 
-def merge(origin: Origin, folder: Path) -> None:
-    """The merged model in bfloat16, with the tokenizer and the chat template it was trained with."""
+def merge(origin: Origin, folder: Path, *, rounded: bool = True) -> None:
+    """The merged model, in bfloat16 or in float32, with the tokenizer and the chat template it was trained with."""
     from edgeft.verify.torch_reference import load_reference
 
     source = origin.source
-    load_reference(source.base, source.adapter, rounded=source.nf4).save(folder)
+    load_reference(source.base, source.adapter, rounded=source.nf4).save(folder, rounded=rounded)
     for part in (source.base, source.adapter):
         for file in part.iterdir() if part else ():
             if file.name.startswith(_TOKENIZER) and file.is_file():

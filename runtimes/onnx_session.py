@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIG = "genai_config.json"
+GROWING = "growing-cache"
+"""`model.type` of graphs that take keys and values and return them, longer, as new tensors: Optimum's."""
 DEFAULT_CONTEXT = 4096
 _LOGITS_BYTES = 32 << 20
 """The graphs compute logits of every token given; this bounds how many are given at once."""
@@ -46,6 +48,8 @@ class Shape:
     vocabulary: int
     context: int
     """Tokens that will be held, at most as many as the model was trained for."""
+    kind: str = ""
+    """The graph's `model.type`."""
 
     @property
     def cache_bytes(self) -> int:
@@ -73,6 +77,8 @@ class OnnxRuntime:
     name: str
     module: str
     engine: Callable[[Path, Shape, LoadOptions], Engine]
+    growing: bool = False
+    """Whether it also runs graphs that return their keys and values anew from every call."""
     lacks: Mapping[str, str] = field(
         default_factory=lambda: {
             "json": "onnxruntime has no grammars",
@@ -83,6 +89,8 @@ class OnnxRuntime:
     def supports(self, artifact: Artifact) -> Support:
         if not (artifact.path / CONFIG).is_file():
             return Support(False, f"{artifact.path.name} is not an ONNX folder with a {CONFIG}")
+        if not self.growing and _kind(artifact.path) == GROWING:
+            return Support(False, f"{artifact.path.name} is Optimum's kind of graph, which onnxruntime runs")
         return self.ready()
 
     def ready(self) -> Support:
@@ -96,6 +104,13 @@ class OnnxRuntime:
         text = HfText(artifact.path)
         _check_memory(shape, artifact.path, options)
         return OnnxSession(self.engine(artifact.path, shape, options), text, shape, artifact.path, options)
+
+
+def _kind(folder: Path) -> str:
+    try:
+        return str(parse_json((folder / CONFIG).read_bytes())["model"]["type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # loading will say what is wrong
 
 
 def read_shape(folder: Path, options: LoadOptions) -> Shape:
@@ -112,6 +127,7 @@ def read_shape(folder: Path, options: LoadOptions) -> Shape:
             int(decoder["head_size"]),
             int(model["vocab_size"]),
             min(options.context or DEFAULT_CONTEXT, longest),
+            str(model.get("type", "")),
         )
     except FileNotFoundError:
         raise ModelError(f"{folder} has no {CONFIG}", "Export the model again.") from None

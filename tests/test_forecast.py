@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from tiny_gguf import write_gguf, write_random
 from edgeft.cli.main import main
 from edgeft.device import DeviceProfile, load_profile, parse_profile
 from edgeft.errors import CheckFailed, ModelError, Unreachable
+from edgeft.forecast.best import best, choices
 from edgeft.forecast.facts import ModelFacts, Part, as_exported
 from edgeft.forecast.find import find_facts
-from edgeft.forecast.fit import file_budget, forecast, refuse
+from edgeft.forecast.fit import file_budget, forecast, refuse, runtime_for
 from edgeft.forecast.memory import Settings, kv_bytes, largest_context, memory
 from edgeft.forecast.speed import decode, prefill
 
@@ -190,8 +192,6 @@ def test_memory_has_every_part() -> None:
 
 
 def test_layers_with_a_window_keep_a_window() -> None:
-    from dataclasses import replace
-
     local = replace(LLAMA_3B, window=512, windowed=(True,) * 14 + (False,) * 14)
     assert kv_bytes(local, 8192) == 14 * 2048 * 2 * (8192 + 1024)
 
@@ -232,6 +232,40 @@ def test_what_does_not_fit_is_refused_with_what_does() -> None:
     assert isinstance(refused, CheckFailed) and (refused.hint or "").startswith("With --ctx ")
     context = int((refused.hint or "").split()[2])
     assert forecast(LLAMA_3B, long, context).fits and not forecast(LLAMA_3B, long, context + 256).fits
+
+
+def test_the_best_file_is_the_one_with_most_bits_that_fits_and_is_fast_enough() -> None:
+    source = replace(
+        LLAMA_3B,
+        format="safetensors",
+        parts=(
+            Part("layer", "BF16", 2_819_000_000, 5_638_000_000),
+            Part("embedding", "BF16", 394_000_000, 788_000_000),
+        ),
+    )
+    rich = '{ value = 64e9, basis = "datasheet", source = "x" }'
+    wide = '{ value = 60, basis = "measured", source = "x" }'
+    chosen = {
+        "all fit, all fast": best(choices(source, board(memory=rich, bandwidth=wide), 2048, "f16")),
+        "all fit, none fast": best(choices(source, board(memory=rich), 2048, "f16")),
+        "little room": best(choices(source, board(memory=rich.replace("64e9", "2.3e9")), 2048, "f16")),
+    }
+    found = {what: (choice.target, choice.fluent) for what, choice in chosen.items()}
+    assert found["all fit, all fast"] == ("gguf-q8_0", True)
+    assert found["all fit, none fast"] == ("gguf-q4_0", False), "slow is no reason for less than four bits"
+    assert found["little room"][0] == "gguf-q2_k" and chosen["little room"].forecast.fits
+    as_it_is = choices(LLAMA_3B, board(), 2048, "f16")
+    assert [choice.target for choice in as_it_is] == ["as it is"]
+    assert runtime_for(load_profile("rpi5-8g")) == "llama-cpp-python"
+    assert runtime_for(load_profile("rpi4-4g")) == "xllamacpp"
+
+
+def test_the_best_of_a_checkpoint_on_every_device(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices", "fit", str(checkpoint), "--best", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {entry["target"] for entry in found} == {"gguf-q8_0"} and all(entry["runtime"] for entry in found)
+    assert main(["devices", "fit", str(checkpoint), "--best", "--device", "rpi4-2g"]) == 0
+    assert "gguf-q8_0" in capsys.readouterr().out
 
 
 def test_a_budget_leaves_room_for_all_else() -> None:

@@ -139,23 +139,49 @@ def test_nobody_else_may_read_it(history: History, path: Path) -> None:
 
 def test_the_file_says_its_version_and_uses_a_write_ahead_log(history: History, path: Path) -> None:
     with sqlite3.connect(path) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (1,)
+        assert database.execute("PRAGMA user_version").fetchone() == (2,)
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_a_later_version_adds_to_what_is_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of the first version, from before there were titles and a search, gets both."""
     from edgeft import history as module
 
-    with History(path) as old:
-        talk(old, "kept")
-    added = (*module._MIGRATIONS, ("ALTER TABLE conversations ADD COLUMN title TEXT",))
-    monkeypatch.setattr(module, "_MIGRATIONS", added)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_MIGRATIONS", module._MIGRATIONS[:1])
+        with History(path) as old:
+            talk(old, "kept")
     for _ in range(2):
         with History(path) as new:
             assert new.conversation(1).messages[0].content == "kept"
+            assert [found.role for found in new.search("kep")] == ["user", "assistant"]
     with sqlite3.connect(path) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (2,)
-        database.execute("SELECT title FROM conversations")
+
+
+def test_search_finds_words_by_their_beginnings_and_not_what_was_withdrawn(history: History) -> None:
+    number = history.begin("m.gguf", "echo", None)
+    history.add(number, "user", "Lamps in the library")
+    heater = history.add(number, "user", "a heater")
+    assert [found.snippet for found in history.search("libr lamp")] == ["«Lamps» in the «library»"]
+    history.rename(number, "Warmth")
+    assert [(found.title, found.role) for found in history.search("heater")] == [("Warmth", "user")]
+    history.update(heater, "a radiator", "done")
+    assert not history.search("heater") and history.search("radiator")
+    history.withdraw(heater)
+    assert not history.search("radiator")
+    assert not history.search("  ") and not history.search('"lamp OR heater') and not history.search("NEAR(")
+
+
+def test_a_branch_begins_alike_and_grows_apart(history: History) -> None:
+    number = talk(history, "first").id or 0
+    history.add(number, "assistant", "cut sho", "writing")
+    third = history.add(number, "user", "third")
+    history.add(number, "assistant", "left out")
+    branch = history.branch(number, third)
+    said = [(message.content, message.state) for message in history.conversation(branch).messages]
+    assert said[-2:] == [("cut sho", "stopped"), ("third", "done")]
+    assert history.conversation(number).messages[-1].content == "left out"
 
 
 def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +194,7 @@ def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.
     with pytest.raises(EdgeftError):
         History(path)
     with sqlite3.connect(path) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (1,)
+        assert database.execute("PRAGMA user_version").fetchone() == (2,)
         assert database.execute("SELECT name FROM sqlite_master WHERE name = 'half'").fetchone() is None
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,12 +22,14 @@ import numpy as np
 import pytest
 import tiny_gguf
 
-from edgeft.bundle import MANIFEST, Bundle, Target, decode, encode, read_bundle, safe_path, version_key
+from edgeft.bundle import MANIFEST, Bundle, Target, check_files, decode, encode, read_bundle, safe_path, version_key
 from edgeft.cli.main import main
 from edgeft.errors import CheckFailed, EdgeftError, ModelError, UsageError
-from edgeft.package import archives, build, formats, install, signing, wheels
+from edgeft.package import archives, build, formats, install, service, signing, wheels
 from edgeft.package.target import target_of
 
+needs_skopeo = pytest.mark.skipif(shutil.which("skopeo") is None, reason="skopeo is not installed")
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is not installed")
 
 
@@ -446,6 +449,7 @@ def test_a_debian_package_is_one(tmp_path: Path) -> None:
     home = tmp_path / "root" / "usr" / "lib" / "edgeft" / "pet"
     assert read_bundle(home / "bundle").name == "pet"
     assert os.access(tmp_path / "root" / "usr" / "bin" / "pet", os.X_OK)
+    assert "User" in (tmp_path / "root" / "usr" / "lib" / "systemd" / "system" / "pet.service").read_text()
 
 
 def test_an_image_holds_what_its_digests_say(tmp_path: Path) -> None:
@@ -464,10 +468,53 @@ def test_an_image_holds_what_its_digests_say(tmp_path: Path) -> None:
         assert "bundle/model/model.gguf" in archive.getnames()
 
 
+@needs_skopeo
+def test_skopeo_reads_the_image_and_copies_it(tmp_path: Path) -> None:
+    file = packed(tmp_path, "oci")
+    shown = subprocess.run(["skopeo", "inspect", f"oci-archive:{file}"], check=True, capture_output=True, text=True)
+    about = json.loads(shown.stdout)
+    assert about["Labels"]["org.opencontainers.image.title"] == "pet"
+    assert (about["Os"], about["Architecture"]) == ("linux", formats._DEBIAN[target_of("local").architecture])
+    copy = ["skopeo", "--insecure-policy", "copy", "--quiet", f"oci-archive:{file}", f"dir:{tmp_path / 'copy'}"]
+    subprocess.run(copy, check=True, capture_output=True)  # every digest and size is compared on the way
+    layer = tmp_path / "copy" / about["Layers"][0].removeprefix("sha256:")
+    with tarfile.open(layer) as archive:
+        archive.extractall(tmp_path / "root", filter="data")
+    check_files(tmp_path / "root" / "bundle", read_bundle(tmp_path / "root" / "bundle"))
+
+
 def test_ollama_gets_a_file_it_understands(tmp_path: Path) -> None:
     folder = packed(tmp_path, "ollama")
     assert (folder / "Modelfile").read_text().startswith("FROM ./model/model.gguf\n")
     assert not (folder / "install.sh").exists()
+
+
+# --- Services ---------------------------------------------------------------
+
+
+def test_a_bundle_has_a_service_of_the_user(tmp_path: Path) -> None:
+    text = (bundle(tmp_path) / "systemd" / "pet.service").read_text()
+    assert "ExecStart=%h/.local/bin/pet --serve\n" in text
+    assert "IPAddressDeny=any\nIPAddressAllow=localhost\n" in text
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", [service.for_user, service.for_system], ids=["user", "system"])
+def test_systemd_understands_every_line_of_a_service(unit: Callable[[str], str], tmp_path: Path) -> None:
+    file = tmp_path / "pet.service"
+    file.write_text(re.sub(r"(?m)^ExecStart=.*", "ExecStart=/bin/true", unit("pet")))
+    who = ["--user"] if unit is service.for_user else []
+    done = subprocess.run(["systemd-analyze", *who, "verify", file], capture_output=True, text=True)
+    assert str(file) not in done.stderr, done.stderr
+
+
+@needs_systemd
+def test_a_service_is_rated_ok(tmp_path: Path) -> None:
+    """systemd's own scale: 0 is closed, 10 is open; below 2 of 10 is "OK"."""
+    (tmp_path / "pet.service").write_text(service.for_system("pet"))
+    rate = ["systemd-analyze", "security", "--offline=true", "--threshold=20", tmp_path / "pet.service"]
+    done = subprocess.run(rate, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --- Wheels -----------------------------------------------------------------

@@ -17,6 +17,7 @@ import click
 from edgeft.chat import Sampling, TokenIds, Usage
 from edgeft.cli._generate import (
     adapter_option,
+    explain,
     open_model,
     parse_adapter,
     run_options,
@@ -40,6 +41,9 @@ COMMANDS = """\
 /retry         take back the last answer and try again, with the next seed
 /save FILE     write the conversation: .jsonl or .json as training data, anything else as Markdown
 /list          stored conversations
+/search WORDS  stored messages with these words
+/title TEXT    name this conversation
+/branch        go on in a copy of this conversation; the old one stays as it is
 /exit          leave (also Ctrl-D)
 
 End a line with \\ to go on in the next one, or put a text of many lines between two lines of \"\"\".
@@ -61,6 +65,8 @@ Examples:
 @adapter_option
 @click.option("--resume", is_flag=False, flag_value=LATEST, metavar="[ID]", help="Go on with a stored conversation.")
 @click.option("--list", "list_only", is_flag=True, help="Show stored conversations.")
+@click.option("--search", metavar="WORDS", help="Show stored messages with these words.")
+@click.option("--explain", "explaining", is_flag=True, help="Say how an answer of a cascade came about.")
 @click.option("--no-history", is_flag=True, help="Store nothing.")
 @run_options
 @json_option
@@ -70,6 +76,8 @@ def chat(
     adapters: tuple[str, ...],
     resume: str | None,
     list_only: bool,
+    search: str | None,
+    explaining: bool,
     no_history: bool,
     as_json: bool,
     **flags: Any,
@@ -80,6 +88,9 @@ def chat(
     """
     if list_only:
         _print_conversations(as_json)
+        return ExitCode.OK
+    if search is not None:
+        _print_found(search, as_json)
         return ExitCode.OK
     if no_history and resume:
         raise UsageError("--resume needs the history that --no-history leaves out")
@@ -95,7 +106,7 @@ def chat(
         conversation = old or Conversation(_lasting(model), opened.runtime, system_prompt(system, opened), history)
         if old and system is not None:
             conversation.change_system(system or None)
-        return _Chat(opened, conversation, sampling(values), as_json).run()
+        return _Chat(opened, conversation, sampling(values), as_json, explaining=explaining).run()
 
 
 def _lasting(reference: str) -> str:
@@ -132,6 +143,18 @@ def _print_conversations(as_json: bool) -> None:
     print_table(("id", "begun (UTC)", "model", "messages", "first message"), rows)
 
 
+def _print_found(words: str, as_json: bool) -> None:
+    path, found = history_file(), []
+    if path.is_file():
+        with History(path) as history:
+            found = history.search(words)
+    if as_json:
+        print_json([vars(one) for one in found])
+        return
+    rows = [(one.conversation, _short(one.title, 30), one.role, " ".join(one.snippet.split())) for one in found]
+    print_table(("id", "conversation", "who", "text"), rows)
+
+
 def _short(text: str, length: int = 60) -> str:
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
@@ -146,6 +169,7 @@ class _Chat:
     sampling: Sampling
     as_json: bool
     retries: int = 0
+    explaining: bool = False
 
     def run(self) -> int:
         if sys.stdin.isatty():
@@ -184,12 +208,32 @@ class _Chat:
             "/retry": lambda _: self._retry(),
             "/save": self._save,
             "/list": lambda _: _print_conversations(self.as_json),
+            "/search": lambda words: _print_found(words, self.as_json),
+            "/title": self._title,
+            "/branch": lambda _: self._branch(),
         }
 
     def _reset(self) -> None:
         old = self.conversation
         self.conversation = Conversation(old.model, old.runtime, old.system, old.history)
         note(_dim("a new conversation"))
+
+    def _stored(self) -> tuple[History, int]:
+        """Raises: UsageError when the conversation is not in the history."""
+        if self.conversation.history is None or self.conversation.id is None:
+            raise UsageError("this conversation is not stored yet", "Say something first; --no-history stores nothing.")
+        return self.conversation.history, self.conversation.id
+
+    def _title(self, text: str) -> None:
+        history, number = self._stored()
+        history.rename(number, text)
+        note(_dim(f"conversation {number}: {text or 'no title'}"))
+
+    def _branch(self) -> None:
+        history, number = self._stored()
+        copy = history.branch(number, self.conversation.messages[-1].id if self.conversation.messages else 0)
+        self.conversation = Conversation.resume(history, copy)
+        note(_dim(f"now in conversation {copy}, a copy of {number}"))
 
     def _system(self, text: str) -> None:
         if text:
@@ -249,6 +293,8 @@ class _Chat:
         else:
             click.echo()
         note(_dim(_summary(usage, self.opened.session.context)))
+        if self.explaining:
+            explain(self.opened)
         if usage.finish_reason == "cancel" and not sys.stdin.isatty():
             raise _Interrupted
 

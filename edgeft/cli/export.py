@@ -111,10 +111,11 @@ def _list_targets(context: click.Context, parameter: click.Parameter, asked: boo
 )
 @click.option(
     "--engine",
-    type=click.Choice(["edgeft", "llama.cpp"]),
+    type=click.Choice(["edgeft", "llama.cpp", "optimum"]),
     default="edgeft",
     show_default=True,
-    help="llama.cpp: merge, convert and quantize in three passes with your checkout, for models edgeft does not know.",
+    help="For models edgeft does not know: llama.cpp: in three passes with your checkout; optimum: the graph of an "
+    "ONNX folder, by `edgeft toolchain install optimum`.",
 )
 @click.option(
     "--llama-cpp",
@@ -170,6 +171,13 @@ def export(
         out = out or Path(workflow.default_name(origin.name, target))
         _three_passes(origin, target, out, checkout, no_verify=no_verify, as_json=as_json, dry_run=dry_run)
         return
+    given = dict(_setting(text) for text in settings)
+    if engine == "optimum":
+        origin = workflow.with_merge_base(workflow.find(model, adapter, progress), merge_base)
+        target = target or "onnx-q4"
+        out = out or Path(workflow.default_name(origin.name, target))
+        _optimum(origin, target, out, given, progress, no_verify=no_verify, as_json=as_json, dry_run=dry_run)
+        return
     extra = {
         "tokenizer_pre": tokenizer_pre,
         "types": _overrides(overrides),
@@ -177,7 +185,7 @@ def export(
         "bytes": parse_size(fit) if fit else _device_bytes(model, adapter, device, context, progress),
         "bits_per_weight": bpw,
         "force": force,
-        "settings": dict(_setting(text) for text in settings),
+        "settings": given,
     }
     with contextlib.ExitStack() as stack:
         if calibrate or (imatrix is None and by_size):
@@ -250,6 +258,32 @@ def _overrides(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
         if not expression:
             raise click.BadParameter(f"{text!r} is not REGEX=TYPE", param_hint="--type-override")
     return tuple((expression, kind) for expression, _, kind in pairs)
+
+
+def _optimum(
+    origin: Origin,
+    target: str,
+    out: Path,
+    settings: dict[str, str],
+    progress: ConsoleProgress,
+    *,
+    no_verify: bool,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    from edgeft import optimum_route
+
+    optimum_route.check(origin, target)
+    if dry_run:
+        note(f"would merge into float32, export the graph with Optimum, and write {out} as {target}")
+        return
+    started = time.monotonic()
+    artifact = optimum_route.run(origin, target, out, settings, progress)
+    seconds = time.monotonic() - started
+    assert artifact.manifest is not None
+    findings = [] if no_verify else _verify(origin, artifact.manifest.parameters, artifact)
+    _show_result(artifact, seconds, findings, as_json)
+    _fail_on(findings, artifact)
 
 
 def _three_passes(

@@ -12,6 +12,7 @@ from edgeft.errors import EXIT_CODE_HELP, EdgeftError, ExitCode
 
 # Short help lives here, not in the modules: printing help must import none of them.
 VERBS: dict[str, tuple[str, str]] = {
+    "tui": ("edgeft.cli.tui:tui", "Everything on one screen: models, training, chat, devices, jobs."),
     "demo": ("edgeft.cli.demo:demo", "Train, export and chat with a real model in minutes."),
     "chat": ("edgeft.cli.chat:chat", "Talk to a model, offline."),
     "run": ("edgeft.cli.run:run", "One prompt in, one answer out."),
@@ -21,12 +22,19 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("edgeft.cli.verify:verify", "Prove that a file answers as the trained model does."),
     "diff": ("edgeft.cli.diff:diff", "What sets two artifacts apart: metadata, types, tensors, answers."),
     "eval": ("edgeft.cli.evaluate:evaluate", "Exact match, loss and speed of a model on held-out data."),
+    "bench": ("edgeft.cli.bench:bench", "Speed, memory and cost of a model on this machine."),
     "package": ("edgeft.cli.package:package", "Pack a model with all it needs to run on a device, offline."),
     "install": ("edgeft.cli.install:install", "Install a bundle on this machine; roll back, uninstall."),
+    "deploy": ("edgeft.cli.deploy:deploy", "Bring a bundle onto devices over SSH; status, rollback."),
+    "serve": ("edgeft.cli.serve:serve", "Models behind OpenAI's protocol, for every client that speaks it."),
+    "monitor": ("edgeft.cli.monitor:monitor", "Watch a server's answers: feedback, speed, drift."),
+    "cascade": ("edgeft.cli.cascade:cascade", "Answer on the device, ask the cloud only when it pays."),
     "data": ("edgeft.cli.data:data", "Check, prepare and split data sets."),
     "models": ("edgeft.cli.models:models", "List, pull, import and remove models."),
     "devices": ("edgeft.cli.devices:devices", "Profiles of devices; what a model needs and does on them."),
+    "status": ("edgeft.cli.status:status", "What there is, and what to do next with it."),
     "jobs": ("edgeft.cli.jobs:jobs", "Long tasks in the background: start, watch, cancel, try again."),
+    "toolchain": ("edgeft.cli.toolchain:toolchain", "Exporters in environments of their own."),
     "config": ("edgeft.cli.config:config", "Show settings and where each one comes from."),
     "doctor": ("edgeft.cli.doctor:doctor", "What this installation can do, and what it lacks."),
 }

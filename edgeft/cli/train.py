@@ -24,6 +24,7 @@ Examples:
   edgeft train --model smollm2-135m --data smart-home --dry-run
   edgeft train --model base-q4.gguf --data smart-home     an adapter for that very file
   edgeft train --model smollm2-135m --data smart-home --for gguf-q4_0     what is trained is what ships
+  edgeft train --model smollm2-135m --data smart-home --from-scratch small.json --for gguf-tq2_0     ternary
   edgeft train --resume runs/smart-home-1
 """
 
@@ -52,6 +53,20 @@ Examples:
 )
 @click.option(
     "--teacher", type=float, help="With --for: share of the loss that keeps to the unrounded model. Default: 0."
+)
+@click.option(
+    "--from-scratch",
+    is_flag=False,
+    flag_value="base",
+    metavar="[SHAPE]",
+    help="Random weights, in the base's shape or that of a JSON file; docs/ternary.md.",
+)
+@click.option("--ramp", type=float, help="Ternary: share of the steps in which rounding grows. Default: 0.2.")
+@click.option(
+    "--ternary-scale", type=click.Choice(["row", "tensor", "block"]), help="Ternary: what has a scale. Default: row."
+)
+@click.option(
+    "--activations", type=click.Choice(["8", "16"]), help="Ternary: bits of layers' inputs in training. Default: 16."
 )
 @click.option("--rank", type=click.IntRange(1), help="Rank of the adapter. Default: 16.")
 @click.option("--alpha", type=float, help="Scale of the adapter is alpha / rank. Default: twice the rank.")
@@ -134,17 +149,23 @@ def _configured(model: str | None, data: str | None, out: Path | None, flags: di
         raise UsageError("edgeft train needs --model and --data", "Or --resume RUN to continue an interrupted run.")
     chosen = {name: value for name, value in flags.items() if value is not None}
     values = settings.load()
-    chosen.setdefault("method", _method(model, values["train.method"], chosen.get("target")))
+    chosen.setdefault("method", _method(model, values["train.method"], chosen))
     for name in ("rank", "learning_rate"):
         chosen.setdefault(name, values[f"train.{name.replace('_', '-')}"].value)
+    if "activations" in chosen:
+        chosen["activations"] = int(chosen["activations"])
+    if "from_scratch" in chosen:
+        chosen["from_scratch"] = _absolute(chosen["from_scratch"])
     if "target_modules" in chosen:
         chosen["target_modules"] = tuple(name.strip() for name in chosen["target_modules"].split(","))
     return TrainConfig(model=_absolute(model), data=_absolute(data), out=out or _free_folder(data), **chosen)
 
 
-def _method(model: str, setting: Value, target: str | None) -> str:
+def _method(model: str, setting: Value, chosen: dict[str, Any]) -> str:
     """Who names a GGUF file wants that file to ship: it is trained on as it is, unless somebody said otherwise."""
-    path = Path(model).expanduser()
+    path, target = Path(model).expanduser(), chosen.get("target")
+    if chosen.get("from_scratch"):
+        return "full"
     if target is not None and setting.origin == "default":
         from edgeft.train.grids import default_method
 
@@ -232,5 +253,5 @@ def _report(outcome: Outcome) -> None:
         click.echo(
             f"held-out loss {evaluation['nll_training_graph']:.4f} nats per token ({evaluation['tokens']} tokens)"
         )
-    target = "" if outcome.manifest.method == "gguf" else " --to gguf-q4"
+    target = "" if outcome.manifest.method == "gguf" or outcome.manifest.target else " --to gguf-q4"
     click.echo(f"run           {outcome.run.path}\nnext          edgeft export {outcome.run.path}{target}")

@@ -11,6 +11,7 @@ import click
 from edgeft.cli._output import ConsoleProgress, json_option, note, print_json, print_table
 
 if TYPE_CHECKING:
+    from edgeft.data.example import Example
     from edgeft.plugins import AdapterScale
     from edgeft.run import Run
     from edgeft.verify.bootstrap import Interval
@@ -25,6 +26,7 @@ Examples:
   edgeft verify ./base demo-q4.gguf --adapter ./adapter --data mine.jsonl
   edgeft verify runs/demo demo-lora.gguf --base base-q4.gguf  an adapter beside its base
   edgeft verify runs/demo demo-q4.gguf --tolerance kl=0.02 --tolerance top1=0.99
+  edgeft verify runs/small small-tq2_0.gguf --against small-q4.gguf      which of the two to take
 """
 
 
@@ -50,6 +52,11 @@ Examples:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write a report: FILE.html, one page with plots that needs no network, or FILE.json.",
 )
+@click.option(
+    "--against",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Another file of the same task, such as one with 4 bits: loss, bytes and speed of both, and which to take.",
+)
 @json_option
 def verify(
     model: str,
@@ -63,6 +70,7 @@ def verify(
     quick: bool,
     runtime: str,
     reports: Sequence[Path],
+    against: Path | None,
     as_json: bool,
 ) -> None:
     """Prove that a file answers as the trained model does, and show what each step on the way costs.
@@ -108,8 +116,29 @@ def verify(
     if whole:
         _write_ledger(artifact, report, context)
         _compare_counts(origin.run, report)
+    if against is not None:
+        context["against"] = _against(artifact, against, held[:examples], runtime, progress)
     _print(report, context, as_json)
     _fail_on(report, artifact)
+
+
+def _against(
+    artifact: Path, other: Path, held: Sequence[Example], runtime: str, progress: ConsoleProgress
+) -> dict[str, Any]:
+    from edgeft.ternary_verdict import measure, verdict
+
+    both = [measure(file, held, runtime, progress) for file in (artifact, other)]
+    return {"files": [figures.as_dict() for figures in both], "verdict": verdict(*both)}
+
+
+def _print_against(found: dict[str, Any]) -> None:
+    rows = [
+        (file["name"], f"{file['bytes'] / 1e6:.2f}", f"{file['nll']:.4f}", _number(file["tokens_per_s"]))
+        for file in found["files"]
+    ]
+    click.echo()
+    print_table(("file", "MB", "NLL", "tokens/s"), rows)
+    click.echo(f"\n{found['verdict']}")
 
 
 def _parts(artifact: Path, base: Path | None) -> tuple[Path, list[AdapterScale]]:
@@ -210,6 +239,8 @@ def _print(report: Report, context: dict[str, Any], as_json: bool) -> None:
         click.echo()
         _print_ledger(report.ledger)
         click.echo(f"\n{report.advice}")
+    if "against" in context:
+        _print_against(context["against"])
 
 
 def _print_ledger(ledger: Ledger) -> None:

@@ -59,14 +59,26 @@ class ModelFacts:
     def tied(self) -> bool:
         return all(part.role != "head" for part in self.parts)
 
+    @property
+    def layers(self) -> int:
+        return len(self.kv_values)
+
     def streamed(self) -> float:
         """Bytes read for every token: layers and head, of experts those used; an untied embedding is a row look-up."""
-        return sum(part.bytes * self._share(part) for part in self.parts)
+        return sum(self.read(part) for part in self.parts)
+
+    def read(self, part: Part) -> float:
+        """Bytes of a part that are read for every token."""
+        return part.bytes * self._share(part)
 
     def active(self) -> float:
         """Weights that every token is multiplied with, the embedding's among them as published figures count them."""
-        used = self.experts_used / self.experts if self.experts else 1.0
-        return sum(part.weights * (used if part.role == "expert" else 1.0) for part in self.parts)
+        return sum(self.used(part) for part in self.parts)
+
+    def used(self, part: Part) -> float:
+        """Weights of a part that a token is multiplied with."""
+        share = self.experts_used / self.experts if self.experts and part.role == "expert" else 1.0
+        return part.weights * share
 
     def _share(self, part: Part) -> float:
         if part.role == "expert" and self.experts:

@@ -35,6 +35,8 @@ class Forecast:
     prefill: Range
     load_seconds: float | None
     """Reading the file the first time."""
+    runtime: str
+    """What to run it with."""
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,6 +44,7 @@ class Forecast:
         return {
             "model": self.model,
             "device": self.device.name,
+            "runtime": self.runtime,
             "fits": self.fits,
             "context": self.settings.context,
             "largest_context": self.largest_context,
@@ -76,8 +79,23 @@ def forecast(facts: ModelFacts, device: DeviceProfile, context: int | None = Non
         decode_full=decode(facts, device, tokens, kv_type),
         prefill=prefill(facts, device, repack=chosen.repack),
         load_seconds=facts.bytes / device.storage.value / 1e6 if device.storage else None,
+        runtime=runtime_for(device),
         notes=tuple(_notes(facts, device, chosen)),
     )
+
+
+def runtime_for(device: DeviceProfile) -> str:
+    """The one that was measured on it; else xllamacpp, whose wheel needs no compiler, but for processors whose fast
+    kernels that wheel lacks; and where there is no Python, llama.cpp itself."""
+    if device.runtime:
+        return device.runtime
+    if not device.python:
+        return "llama.cpp"
+    return "llama-cpp-python" if _needs_dot_products(device) else "xllamacpp"
+
+
+def _needs_dot_products(device: DeviceProfile) -> bool:
+    return device.architecture == "aarch64" and "asimddp" in device.isa and bool(device.glibc)
 
 
 def _largest(facts: ModelFacts, device: DeviceProfile, kv_type: str) -> int:
@@ -95,7 +113,7 @@ def _notes(facts: ModelFacts, device: DeviceProfile, settings: Settings) -> list
         notes.append("load without mmap: the file's pages and the repacked copy do not fit together")
     if not settings.repack:
         notes.append("load without repacked weights: their copy does not fit, and prompts take longer")
-    if device.architecture == "aarch64" and "asimddp" in device.isa and device.glibc:
+    if not device.runtime and _needs_dot_products(device):
         notes.append("needs a llama.cpp with dot-product kernels: PyPI's aarch64 wheel of xllamacpp has none")
     return notes
 

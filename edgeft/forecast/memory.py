@@ -14,11 +14,11 @@ KV_TYPES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 UBATCH = 512
 """Tokens of a prompt that are computed at once: llama.cpp's and edgeft's default."""
 
-_RUNTIME = 48_000_000
-"""Python, edgeft and llama.cpp's library: 180.7 MB at the peak of SmolLM2-135M Q4_1 with 512 tokens in xllamacpp,
-less what the other terms give."""
-_PER_TOKEN = 250
-"""Bytes per token of the vocabulary: text, both directions, merges. Same measurement."""
+_RUNTIME = 45_000_000
+"""Python, edgeft and llama.cpp's library: SmolLM2-135M with 512 tokens in xllamacpp, less what the other terms give."""
+BASE_PER_TOKEN = 400
+"""Bytes per token of the vocabulary: text, both directions, merges. A model with 32,768 tokens took 13.2 MB more in
+xllamacpp and 10.4 MB more in llama-cpp-python than one with 257."""
 
 _REPACKED = {
     "avx2": ("Q4_0", "Q4_K", "IQ4_NL"),
@@ -60,14 +60,16 @@ def memory(facts: ModelFacts, device: DeviceProfile, settings: Settings) -> Memo
         weights=facts.bytes - (0 if settings.mmap else copied),
         repacked=copied,
         kv=kv_bytes(facts, settings.context, settings.kv_type),
-        compute=compute_bytes(facts, settings.context),
-        runtime=_RUNTIME + _PER_TOKEN * facts.vocabulary,
+        compute=compute_bytes(facts, settings.context, flash_attention=device.flash_attention),
+        runtime=int(device.base.value if device.base else _RUNTIME) + BASE_PER_TOKEN * facts.vocabulary,
     )
 
 
 def repackable(facts: ModelFacts, device: DeviceProfile) -> int:
     """Bytes of the weights that this processor's kernels want in another order; look-up tables stay as they are."""
     types = {kind for name, kinds in _REPACKED.items() if name in device.isa for kind in kinds}
+    measured = {kernel.type: kernel.repacked for kernel in device.kernels}
+    types = {kind for kind in types if measured.get(kind, True)} | {kind for kind, yes in measured.items() if yes}
     return sum(part.bytes for part in facts.parts if part.type in types and part.role in ("layer", "expert", "head"))
 
 
@@ -78,13 +80,15 @@ def kv_bytes(facts: ModelFacts, tokens: int, kv_type: str = "f16") -> int:
     return int(KV_TYPES[kv_type] * sum(values * (short if windowed else tokens) for values, windowed in pairs))
 
 
-def compute_bytes(facts: ModelFacts, context: int) -> int:
+def compute_bytes(facts: ModelFacts, context: int, *, flash_attention: bool = True) -> int:
     """Activations of one batch in float32, its mask over the context, and one row of logits.
 
-    Without flash attention there are scores of every head besides; edgeft leaves it on where the runtime has it.
+    Without flash attention there are scores of every head besides, and a copy of them in 16 bits for the product with
+    the values (ggml-cpu converts the right side of a product to the left one's type in its work buffer).
     """
     batch = min(UBATCH, context)
-    return 4 * (batch * (2 * facts.inner + 4 * facts.width) + batch * context + facts.vocabulary)
+    scores = 0 if flash_attention else facts.heads * batch * context
+    return 4 * (batch * (2 * facts.inner + 4 * facts.width) + batch * context + facts.vocabulary) + (4 + 2) * scores
 
 
 def largest_context(facts: ModelFacts, needed: Callable[[int], int], room: int) -> int:

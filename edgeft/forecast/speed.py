@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgeft.device import BASES, DeviceProfile, Figure
@@ -29,21 +30,47 @@ class Range:
 
 def decode(facts: ModelFacts, device: DeviceProfile, past: int = 0, kv_type: str = "f16") -> Range:
     """Tokens per second after `past` tokens."""
-    return Range.around(decode_rate(facts, device.bandwidth.value, past, kv_type), device.bandwidth)
+    seconds = token_seconds(facts, device, past, kv_type)
+    return Range.around(1 / sum(seconds.values()), device.bandwidth)
 
 
-def decode_rate(facts: ModelFacts, bandwidth: float, past: int = 0, kv_type: str = "f16") -> float:
-    """Tokens per second; `bandwidth` in GB/s."""
-    shared = facts.heads / max(1, facts.kv_heads)
-    attention = max(1.0, _ATTENTION * shared) * kv_bytes(facts, past, kv_type)
-    return bandwidth * 1e9 / (facts.streamed() + attention)
+def token_seconds(facts: ModelFacts, device: DeviceProfile, past: int = 0, kv_type: str = "f16") -> Mapping[str, float]:
+    """What one decoded token takes: reading weights, going through what is kept, and what every layer costs."""
+    weights = 0.0
+    for part in facts.parts:
+        kernel = device.kernel(part.type)
+        rate = kernel.decode if kernel else device.bandwidth
+        weights += facts.read(part) / rate.value / 1e9
+    overhead = device.overhead.value * 1e-6 * facts.layers if device.overhead else 0.0
+    return {"weights": weights, "attention": _attention(facts, device, past, kv_type), "overhead": overhead}
+
+
+def _attention(facts: ModelFacts, device: DeviceProfile, past: int, kv_type: str) -> float:
+    shared, kept = facts.heads / max(1, facts.kv_heads), kv_bytes(facts, past, kv_type)
+    if device.attention:
+        return shared * kept / device.attention.value / 1e9
+    return max(1.0, _ATTENTION * shared) * kept / device.bandwidth.value / 1e9
 
 
 def prefill(facts: ModelFacts, device: DeviceProfile, *, repack: bool = True) -> Range:
     """Tokens of a prompt per second: 2 operations per weight, at the rate of the kernels its type has."""
+    if device.kernels:
+        return Range.around(1 / _prompt_seconds(facts, device), device.prefill)
     fast = device.prefill_repacked if repack else None
     share = repackable(facts, device) / facts.bytes if fast is not None and facts.bytes else 0.0
     seconds = share / fast.value if fast is not None else 0.0
     seconds += (1 - share) / device.prefill.value
     figure = fast if fast is not None and share > 0.5 else device.prefill
     return Range.around(1e9 / (2 * facts.active() * seconds), figure)
+
+
+def _prompt_seconds(facts: ModelFacts, device: DeviceProfile) -> float:
+    """Of one token, by what was measured type by type. Embedding and head are not counted: the one is a look-up, and
+    of the other only the last token has need."""
+    seconds = 0.0
+    for part in facts.parts:
+        if part.role in ("layer", "expert"):
+            kernel = device.kernel(part.type)
+            rate = kernel.prefill if kernel else device.prefill
+            seconds += 2 * facts.used(part) / rate.value / 1e9
+    return seconds

@@ -18,10 +18,8 @@ from edgeft.bundle import MANIFEST, NAME, VERSION, Bundle, Target, encode, entri
 from edgeft.errors import ModelError, UsageError, WriteError
 from edgeft.progress import Progress, Silent
 
-from . import sbom, signing, wheels
-
-RUNTIMES = {"gguf": "xllamacpp", "onnx": "onnxruntime-genai"}
-"""Format -> the runtime whose wheels exist for every target."""
+from . import sbom, service, signing, wheels
+from .runtime import Choice, choose
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,13 @@ class Content:
 
     artifact: Artifact
     adapters: Mapping[str, Artifact]
-    requirements: Sequence[str]
+    runtime: Choice
     model_bytes: int
     warnings: Sequence[str]
+
+    @property
+    def requirements(self) -> Sequence[str]:
+        return self.runtime.requirements
 
 
 def default_version() -> str:
@@ -77,8 +79,9 @@ def plan(request: Request) -> Content:
         raise UsageError("two adapters have the same name", "Rename one of the files.")
     format_ = _format(artifact)
     warnings = _check_lineage(artifact, adapters)
-    wanted = wheels.requirements(format_) if request.with_wheels else []
-    return Content(artifact, adapters, wanted, sum(_bytes(a.path) for a in (artifact, *adapters.values())), warnings)
+    runtime = choose(format_, request.target, request.wheels) if request.with_wheels else Choice("auto")
+    size = sum(_bytes(a.path) for a in (artifact, *adapters.values()))
+    return Content(artifact, adapters, runtime, size, [*warnings, *runtime.warnings])
 
 
 def _format(artifact: Artifact) -> str:
@@ -197,17 +200,10 @@ def _link_or_copy(source: Path, place: Path) -> None:
 
 def _add_wheels(folder: Path, request: Request, content: Content) -> None:
     folder.mkdir()
-    given = {wheels.describe(file).name.lower().replace("_", "-"): file for file in request.wheels}
-    wanted = [text for text in content.requirements if _project(text) not in given]
-    wheels.fetch(wanted, request.target, folder)
-    for file in request.wheels:
+    wheels.fetch(content.runtime.requirements, request.target, folder)
+    for file in content.runtime.wheels:
         shutil.copyfile(file, folder / file.name)
     wheels.build_own(folder)
-
-
-def _project(requirement: str) -> str:
-    found = wheels.PROJECT.match(requirement)
-    return found[0].lower().replace("_", "-") if found else requirement
 
 
 def _add_texts(folder: Path, request: Request, content: Content) -> None:
@@ -225,6 +221,9 @@ def _add_texts(folder: Path, request: Request, content: Content) -> None:
         "licence": (model.licence if model else None) or "not known",
     }
     (folder / "README.txt").write_text(_template("README.txt").format(**values), encoding="utf-8")
+    (folder / "systemd").mkdir()
+    unit = folder / "systemd" / f"{request.name}.service"
+    unit.write_text(service.for_user(request.name), encoding="utf-8")
 
 
 def _template(name: str) -> str:
@@ -244,7 +243,7 @@ def _describe(folder: Path, request: Request, content: Content, model: str, adap
         model=model,
         files=entries(folder),
         adapters=adapters,
-        runtime=RUNTIMES.get(_format(content.artifact), "auto"),
+        runtime=content.runtime.runtime,
         settings=request.settings,
         question=request.question,
         expected=request.expected,

@@ -16,7 +16,7 @@ from edgeft.bundle import Bundle
 from edgeft.errors import UsageError, WriteError
 from edgeft.progress import Progress
 
-from . import archives, wheels
+from . import archives, service, wheels
 from .build import Request, build, plan
 
 _SUFFIXES = {"tar.zst": ".tar.zst", "deb": ".deb", "oci": ".oci.tar"}
@@ -83,6 +83,9 @@ def write_deb(folder: Path, out: Path) -> None:
         for parent in ("usr", "usr/bin", "usr/lib", "usr/lib/edgeft", home, f"{home}/bundle", f"{home}/site"):
             archives.add_folder(archive, f"./{parent}")
         archives.add_text(archive, f"./usr/bin/{bundle.name}", _DEB_LAUNCHER.format(home=f"/{home}"), 0o755)
+        for parent in ("usr/lib/systemd", "usr/lib/systemd/system"):
+            archives.add_folder(archive, f"./{parent}")
+        archives.add_text(archive, f"./usr/lib/systemd/system/{bundle.name}.service", service.for_system(bundle.name))
         archives.add(archive, folder, f"./{home}/bundle/")
         if site.is_dir():
             archives.add(archive, site, f"./{home}/site/")
@@ -123,6 +126,9 @@ _DEB_LAUNCHER = """\
 export PYTHONPATH={home}/site
 if [ $# -eq 0 ]; then
     exec python3 -s -m edgeft chat {home}/bundle
+elif [ "$1" = --serve ]; then
+    shift
+    exec python3 -s -m edgeft serve {home}/bundle "$@"
 fi
 exec python3 -s -m edgeft run {home}/bundle "$*"
 """

@@ -129,7 +129,8 @@ def install(folder: Path, options: Options, progress: Progress | None = None) ->
     home = _home(options.root, bundle.name)
     with _writing(home), _locked(home):
         before = _read_state(home)
-        _check_order(bundle, before, options.allow_downgrade)
+        check_order(bundle, before, options.allow_downgrade)
+        _check_launcher(home, options.bin)
         _check_space(folder, bundle, home)
         identifier = _unused(bundle, before)
         copied = _stage(folder, bundle, home, identifier, progress or Silent())
@@ -154,8 +155,8 @@ def check(folder: Path, options: Options) -> Bundle:
     if options.key is not None:
         signing.verify(folder, options.key)
     bundle = read_bundle(folder)
-    _check_target(bundle)
-    _check_order(bundle, _read_state(_home(options.root, bundle.name)), options.allow_downgrade)
+    check_target(bundle, platform.machine(), f"{sys.version_info.major}.{sys.version_info.minor}")
+    check_order(bundle, _read_state(_home(options.root, bundle.name)), options.allow_downgrade)
     check_files(folder, bundle)
     return bundle
 
@@ -201,22 +202,21 @@ def _unused(bundle: Bundle, now: State) -> str:
     return f"{bundle.id}-again" if now.current == bundle.id else bundle.id
 
 
-def _check_target(bundle: Bundle) -> None:
-    here = platform.machine()
+def check_target(bundle: Bundle, here: str, python: str, where: str = "this machine") -> None:
+    """Raises: ModelError when a bundle was made for another processor or Python than `here` and `python`."""
     if bundle.target.architecture not in (here, "any"):
         raise ModelError(
-            f"{bundle.name} was made for {bundle.target.architecture}; this machine is {here}",
+            f"{bundle.name} was made for {bundle.target.architecture}; {where} is {here}",
             f"Make one for it: edgeft package … --architecture {here}.",
         )
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if bundle.target.python not in (python, "any"):
         raise ModelError(
-            f"{bundle.name} was made for Python {bundle.target.python}; this is {python}",
+            f"{bundle.name} was made for Python {bundle.target.python}; {where} has {python}",
             f"Run it with python{bundle.target.python}, or make a bundle with --python {python}.",
         )
 
 
-def _check_order(bundle: Bundle, now: State, allowed: bool) -> None:
+def check_order(bundle: Bundle, now: State, allowed: bool) -> None:
     """Newer by version and by date. A higher version on an older date is an old bundle that pretends to be newer."""
     current = next((version for version in now.versions if version.id == now.current), None)
     if current is None or allowed or current.id.startswith(bundle.id):
@@ -235,7 +235,7 @@ def _check_order(bundle: Bundle, now: State, allowed: bool) -> None:
 def _check_space(folder: Path, bundle: Bundle, home: Path) -> None:
     blobs = home / "blobs"
     needed = sum(entry.bytes for entry in bundle.files if not (blobs / entry.sha256).exists())
-    needed += sum(_unpacked_size(folder / entry.path) for entry in bundle.files if entry.path.endswith(".whl"))
+    needed += sum(unpacked_size(folder / entry.path) for entry in bundle.files if entry.path.endswith(".whl"))
     free = shutil.disk_usage(home).free
     if needed > free:
         raise WriteError(
@@ -243,7 +243,7 @@ def _check_space(folder: Path, bundle: Bundle, home: Path) -> None:
         )
 
 
-def _unpacked_size(wheel: Path) -> int:
+def unpacked_size(wheel: Path) -> int:
     import zipfile
 
     try:
@@ -444,13 +444,18 @@ def _write_state(home: Path, versions: Sequence[Installed]) -> None:
     paths.write_json(home / "state.json", {"versions": [dataclasses.asdict(version) for version in versions]})
 
 
-def _write_launcher(home: Path, folder: Path) -> Path:
-    """A command of the model's name: a conversation, or with words behind it one answer."""
+def _check_launcher(home: Path, folder: Path) -> None:
     launcher = folder / home.name
     if launcher.is_file() and str(home) not in launcher.read_text(encoding="utf-8", errors="replace"):
         raise WriteError(f"{launcher} is another program", "Choose another folder with --bin.")
-    paths.write_text(launcher, _LAUNCHER.format(home=_quoted(home), python=_quoted(Path(sys.executable))))
-    launcher.chmod(0o755)
+
+
+def _write_launcher(home: Path, folder: Path) -> Path:
+    """A command of the model's name: a conversation, or with words behind it one answer."""
+    launcher = folder / home.name
+    text = _LAUNCHER.format(home=_quoted(home), python=_quoted(Path(sys.executable)))
+    with paths.atomic_write(launcher, 0o777) as stream:  # executable at once: a kill may come before a chmod
+        stream.write(text.encode())
     return launcher
 
 
@@ -467,6 +472,9 @@ here=$(readlink -f {home}/current) || exit 1
 [ ! -d "$here/.site" ] || export PYTHONPATH="$here/.site"
 if [ $# -eq 0 ]; then
     exec {python} -s -m edgeft chat "$here"
+elif [ "$1" = --serve ]; then
+    shift
+    exec {python} -s -m edgeft serve "$here" "$@"
 fi
 exec {python} -s -m edgeft run "$here" "$*"
 """

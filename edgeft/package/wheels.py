@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -126,13 +126,18 @@ def build_own(folder: Path) -> Path:
                 inside = file.relative_to(place)
                 if file.is_file() and "__pycache__" not in inside.parts:
                     content[(PurePosixPath(*package.split(".")) / inside.as_posix()).as_posix()] = file.read_bytes()
-    record = "".join(f"{name},{_record_digest(data)},{len(data)}\n" for name, data in sorted(content.items()))
-    content[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
     wheel = folder / f"edgeft-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in sorted(content.items()):
-            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
+    write_wheel(wheel, info, content)
     return wheel
+
+
+def write_wheel(wheel: Path, info: str, content: Mapping[str, bytes]) -> None:
+    """Files by their names in the wheel, with a RECORD of them in the folder `info`."""
+    record = "".join(f"{name},{_record_digest(data)},{len(data)}\n" for name, data in sorted(content.items()))
+    whole = {**content, f"{info}/RECORD": f"{record}{info}/RECORD,,\n".encode()}
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in sorted(whole.items()):
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
 
 
 _WHEEL = b"Wheel-Version: 1.0\nGenerator: edgeft\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

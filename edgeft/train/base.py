@@ -26,6 +26,10 @@ def find_base(config: TrainConfig, progress: Progress | None) -> tuple[ResolvedM
 
     Raises: UsageError, ModelError, UnsupportedModel, Unreachable.
     """
+    if config.from_scratch:
+        from edgeft.train.scratch import random_base
+
+        return random_base(config, resolve(config.model, want="hf", progress=progress)), None
     if config.method != "gguf":
         return resolve(config.model, want="hf", progress=progress), None
     from edgeft.models.gguf_header import read_header

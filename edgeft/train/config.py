@@ -24,6 +24,9 @@ Tune = Literal["adapter", "scales"]
 # factors: half a percent per step.
 LEARNING_RATES: dict[str, float] = {"qlora": 1e-3, "lora": 1e-3, "full": 2e-5, "gguf": 1e-3, "scales": 5e-3}
 
+# Latent weights must move far to change a ternary code, and random ones have everything to learn.
+_TERNARY_RATE, _SCRATCH_RATE = 5e-4, 2e-3
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -71,7 +74,15 @@ class TrainConfig:
     """Share of the steps before it does."""
     tune: Tune = "adapter"
     teacher: float = 0.0
-    """Share of the loss that is the divergence from the unrounded model."""
+    """Share of the loss that is the divergence from the unrounded model; in ternary training from the base."""
+    from_scratch: str = ""
+    """Random weights: "base" in the shape of the base, or a JSON file with a shape; see edgeft.train.scratch."""
+    ramp: float | None = None
+    """Ternary: share of the steps in which rounding grows from none to whole."""
+    ternary_scale: Literal["row", "tensor", "block"] = "row"
+    """Ternary: which weights have one mean magnitude."""
+    activations: int = 16
+    """Ternary: bits of the layers' inputs in training."""
 
     def __post_init__(self) -> None:
         for name, smallest in (("rank", 1), ("patience", 0), ("keep", 1), ("eval_every", 0), ("save_every", 0)):
@@ -91,6 +102,9 @@ class TrainConfig:
             )
 
         self._check_target()
+        from edgeft.train.ternary_settings import check_ternary
+
+        check_ternary(self)
 
     def _check_target(self) -> None:
         if self.tune not in get_args(Tune):
@@ -111,7 +125,13 @@ class TrainConfig:
 
     @property
     def effective_learning_rate(self) -> float:
-        return self.learning_rate or LEARNING_RATES["scales" if self.tune == "scales" else self.method]
+        if self.learning_rate:
+            return self.learning_rate
+        if self.from_scratch:
+            return _SCRATCH_RATE
+        if self.method == "full" and self.target:
+            return _TERNARY_RATE
+        return LEARNING_RATES["scales" if self.tune == "scales" else self.method]
 
 
 def write_config(file: Path, config: TrainConfig) -> None:

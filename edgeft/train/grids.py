@@ -54,11 +54,14 @@ class Trainable:
 
 
 _GGML = Trainable("edgeft.train.aware_gguf:make")
+_TERNARY = Trainable("edgeft.train.ternary:make", methods=("full",), scales=False)
 
 TARGETS: Mapping[str, Trainable] = {
     "gguf-q4_0": _GGML,
     "gguf-q4_1": Trainable("edgeft.train.aware_gguf:make", scales=False),
     "gguf-q8_0": _GGML,
+    "gguf-tq2_0": _TERNARY,
+    "gguf-tq1_0": _TERNARY,
 }
 
 

@@ -34,7 +34,7 @@ def load_base(path: Path, config: TrainConfig, hardware: Hardware, gguf: Path | 
         attention.install(packed)
         return packed
     refuse_pickles(path)
-    options: dict[str, Any] = {"dtype": torch.float32 if config.method == "full" else compute}
+    options: dict[str, Any] = {"dtype": torch.float32 if config.method == "full" and not config.target else compute}
     # Neither pickles nor a model's own Python code.
     options |= {"use_safetensors": True, "trust_remote_code": False}
     if hardware.device == "cuda":

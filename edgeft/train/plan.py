@@ -16,6 +16,7 @@ from edgeft.train.config import TrainConfig
 from edgeft.train.cross_entropy import CHUNK_BYTES
 from edgeft.train.hardware import Hardware, matmul_rate
 from edgeft.train.packing import Schedule, schedule
+from edgeft.train.ternary_settings import effective_ramp, is_ternary
 
 # torch, transformers, peft, trl and bitsandbytes, imported and idle (measured: 0.51 GB).
 LIBRARIES_BYTES = 550_000_000
@@ -124,6 +125,7 @@ def make_plan(
     plan = schedule(lengths, micro, per_step, config.epochs, config.seed, prefix)
     if config.target:
         begin = f"after {config.quantize_after:.0%} of the steps" if config.quantize_after else "from the first step"
+        begin += " and gradually" if is_ternary(config) and effective_ramp(config) else ""
         reasons["rounding"] = f"as {config.target} stores weights, {begin}: the file will be what is trained"
     tokens, learned = sum(lengths), sum(map(learned_count, train))
     rate = matmul_rate(hardware, min(micro, 1024), shape.mlp, shape.hidden)
@@ -140,7 +142,7 @@ def make_plan(
     made = TrainPlan(
         device=hardware.device,
         dtype=hardware.dtype,
-        autocast=config.method == "full" and hardware.dtype == "bfloat16",
+        autocast=config.method == "full" and not config.target and hardware.dtype == "bfloat16",
         micro_tokens=micro,
         per_step=per_step,
         steps=plan.steps,
@@ -203,6 +205,8 @@ def memory_bytes(config: TrainConfig, shape: Shape, hardware: Hardware, micro: i
     embeddings = shape.parameters - shape.body
     if config.method == "full":
         weights, trained = 4 * shape.parameters, 12 * shape.parameters
+        if config.target:  # the values of the file beside latent weights, and a teacher, in the compute dtype
+            weights += size * (2 if config.teacher else 1) * shape.parameters
     else:
         # NF4: 4 bits, and a scale of 8 bits per 64 weights with a float32 per 256 scales.
         per_weight = 0.516 if config.method == "qlora" else size
@@ -211,7 +215,7 @@ def memory_bytes(config: TrainConfig, shape: Shape, hardware: Hardware, micro: i
         weights = layers + size * embeddings + rounded
         trained = 16 * _adapter_parameters(config, shape)
     per_layer = micro * size * (_KEPT_HIDDEN * shape.hidden + _KEPT_MLP * shape.mlp)
-    if config.dora or config.method == "full":
+    if config.dora or (config.method == "full" and not config.target):
         per_layer = round(per_layer * _UNFUSED)
     inputs = shape.layers * micro * size * shape.hidden
     activations = 2 * per_layer + inputs if recompute else shape.layers * per_layer

@@ -84,6 +84,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(self, model: Any, tokenizer: Any, session: Session) -> None:
         self.session = session
         self.aware: Aware | None = None
+        self.teacher: Any = None
+        """The base as it was, where ternary training has it teach."""
         # TRL rounds the adapter of a quantized model to bfloat16; small updates would be lost in it.
         kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
@@ -128,6 +130,10 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _nll(self, inputs: Batch) -> Any:
         share, aware = self.session.config.teacher, self.aware
+        if share and self.teacher is not None:
+            from edgeft.train.ternary_teacher import taught_nll
+
+            return taught_nll(self.model, self.teacher, inputs, share)
         if not share or aware is None or not aware.ships:
             return batch_nll(self.model, inputs)
         from edgeft.train.distillation import distilled_nll
@@ -196,7 +202,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             return {"eval_loss": result.nll}  # of a graph that is not the one to ship
         if state.best_nll is None or result.nll < state.best_nll:
             state.best_nll, state.best_step, state.without_gain = result.nll, step, 0
-            weights = {"weights.safetensors": self.trained_weights()}
+            weights = {"weights.safetensors": self.kept_weights()}
             checkpoint.write(session.folder, checkpoint.BEST, weights, {"step": step, "val_loss": result.nll})
         else:
             state.without_gain += 1
@@ -209,6 +215,11 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def trained_weights(self) -> dict[str, Any]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def kept_weights(self) -> dict[str, Any]:
+        """The trained weights as checkpoints keep them; ternary training has latent ones behind those of the model."""
+        latents: dict[str, Any] = getattr(self.aware, "latents", {})
+        return {name: latents.get(name, parameter) for name, parameter in self.trained_weights().items()}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         session, step = self.session, self.state.global_step
@@ -227,7 +238,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             "trainer": asdict(self.state),
         }
         tensors = {
-            "weights.safetensors": self.trained_weights(),
+            "weights.safetensors": self.kept_weights(),
             "optimizer.safetensors": moments,
             "random.safetensors": _generator_states(),
         }
@@ -239,8 +250,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         """Trained weights from a checkpoint, into the parameters of the same names."""
         stored = checkpoint.read_tensors(path, "weights.safetensors")
         with torch.no_grad():
-            for name, parameter in self.trained_weights().items():
-                parameter.copy_(stored[name])
+            for name, weights in self.kept_weights().items():
+                weights.copy_(stored[name])
         if self.aware is not None:
             self.aware.moved()
 

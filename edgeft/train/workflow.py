@@ -28,6 +28,7 @@ from edgeft.progress import Progress, Silent
 from edgeft.run import Run, RunManifest
 from edgeft.train.base import Gguf, base_record, find_base
 from edgeft.train.config import TrainConfig, write_config
+from edgeft.train.ternary_settings import is_ternary
 
 if TYPE_CHECKING:
     from edgeft.train.evaluation import Evaluation
@@ -112,6 +113,10 @@ def prepare(config: TrainConfig, progress: Progress | None = None) -> Prepared:
     if not valid:
         notes.append("no validation split: no early stopping, the last weights are kept")
     plan, schedule = make_plan(config, shape, hardware, train, valid)
+    if is_ternary(config):
+        from edgeft.train.ternary_notes import ternary_notes
+
+        notes += ternary_notes(config, base.path)
     system = _system(examples)
     return Prepared(
         config, base, gguf, text, train, valid, held_out, name, system, hardware, plan, schedule, tuple(notes)
@@ -266,11 +271,15 @@ def _trainer(
         aware = make_aware(config, model, base, session.schedule.steps)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, local_files_only=True)
     trainer = PackedTrainer(model, tokenizer, session)
-    if config.method != "full":
+    if config.method != "full" or config.target:
         fused.install(trainer.model)
     if aware is not None:
         aware.install(trainer.model)
         trainer.aware = aware
+        if is_ternary(config):
+            from edgeft.train.ternary_update import prepare_ternary
+
+            prepare_ternary(trainer, config, base, hardware)
     return trainer
 
 
@@ -358,7 +367,9 @@ def _save_result(run: Run, trainer: PackedTrainer, ready: Prepared) -> None:
 def _save_model(folder: Path, trainer: PackedTrainer, ready: Prepared) -> None:
     import torch
 
-    trainer.model.to(torch.bfloat16).save_pretrained(folder)
+    if trainer.aware is None:
+        trainer.model.to(torch.bfloat16)  # the values of a file that was trained for need their float32
+    trainer.model.save_pretrained(folder)
     for file in ready.base.path.iterdir():
         if file.is_file() and not (folder / file.name).exists() and file.suffix != ".safetensors":
             shutil.copyfile(file, folder / file.name)

@@ -77,12 +77,12 @@ class TorchReference:
         finally:
             self._model.merge_adapter()
 
-    def save(self, folder: Path) -> None:
-        """Write the model with its adapter merged, in bfloat16; it is of no use afterwards."""
+    def save(self, folder: Path, *, rounded: bool = True) -> None:
+        """Write the model with its adapter merged, in bfloat16 or as it is; it is of no use afterwards."""
         import torch
 
         merged = self._model.merge_and_unload() if self.has_adapter else self._model
-        merged.to(torch.bfloat16).save_pretrained(folder)
+        (merged.to(torch.bfloat16) if rounded else merged).save_pretrained(folder)
 
 
 def available() -> bool:

@@ -62,5 +62,7 @@ def load_trained(run: Run, source: Source) -> TrainedGraph:
         model = load_base(source.base, config, hardware, source.gguf)
         if source.adapter is not None:
             model = with_adapter(model, source.base, Path(source.adapter))
+        if source.adapter is not None or config.target:
             fused.install(model)
-    return TrainedGraph(model.eval(), config.method == "full" and hardware.dtype == "bfloat16")
+    mixed = config.method == "full" and not config.target and hardware.dtype == "bfloat16"
+    return TrainedGraph(model.eval(), mixed)

@@ -1,0 +1,162 @@
+"""How far forecasts are off: on this machine, and against speeds that others published.
+
+    python benchmarks/forecast.py [--json]                           published rows
+    python benchmarks/forecast.py --here BOOK FILE... [--ctx 512,2048,8192] [--seconds 240] [--runtime xllamacpp]
+    python benchmarks/forecast.py --report BOOK [--json]
+
+`--here` measures GGUF files with full contexts, one process for each, and keeps what it finds in BOOK: it can be ended
+and called again, and stops by itself before a setting for which `--seconds` leave no time. The forecast is made of the
+profile `local` (`edgeft devices probe` first, with the same runtime), which was measured with no model of these.
+Peak memory is VmHWM of the process, since `ru_maxrss` begins with the parent's. Decoding is the median of 24 tokens, at
+the start and with the context full.
+
+Ends with 1 when what is promised does not hold: memory within 10 %, decoding within 20 %; published rows 12 % in the
+median and none off by more than a factor of 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import published
+
+from edgeft.bench.child import run
+from edgeft.bench.job import Answer, Event, Finished, Job, Loaded
+from edgeft.bench.suite import START
+from edgeft.device import DeviceProfile, load_profile
+from edgeft.forecast.find import find_facts
+from edgeft.forecast.memory import Settings, memory
+from edgeft.forecast.speed import decode
+from edgeft.paths import parse_json, write_json
+
+TOKENS, SETTLE = 24, 4
+"""Decoded after each prompt; the first ones are still in the way of the threads that computed it."""
+MEMORY, DECODE = 0.10, 0.20
+
+
+def measure(book: Path, files: Sequence[Path], contexts: Sequence[int], runtime: str, seconds: float) -> None:
+    """Fill the book; what it has is not measured again."""
+    began, longest = time.monotonic(), 0.0
+    entries = read(book)
+    for file in files:
+        for context in contexts:
+            key = f"{file.name} {context} {runtime}"
+            if key in entries:
+                continue
+            if time.monotonic() - began + longest > seconds:
+                print(f"time is up before {key}", file=sys.stderr)
+                return
+            started = time.monotonic()
+            threads = int(load_profile("local").decode_threads.value)
+            job = Job(str(file), runtime, context, threads, None, (START, 0), TOKENS, 1)
+            entries[key] = {"file": str(file), **figures(list(run(job)))}
+            longest = max(longest, time.monotonic() - started)
+            write_json(book, entries)
+            print(key, file=sys.stderr)
+
+
+def figures(events: Sequence[Event]) -> dict[str, Any]:
+    """The median token of each answer, so that one that another program interrupted counts as one."""
+    loaded = next(event for event in events if isinstance(event, Loaded))
+    finished = next(event for event in events if isinstance(event, Finished))
+    start, full = (event for event in events if isinstance(event, Answer))
+    return {
+        "runtime": loaded.runtime,
+        "context": loaded.context,
+        "prompt_tokens": full.prompt_tokens,
+        "peak_bytes": finished.peak_bytes,
+        "prefill": full.prompt_tokens / full.ttft_s,
+        "decode": 1 / statistics.median(start.gaps[SETTLE:]),
+        "decode_full": 1 / statistics.median(full.gaps),
+    }
+
+
+def read(book: Path) -> dict[str, Any]:
+    return dict(parse_json(book.read_text())) if book.is_file() else {}
+
+
+def rows(book: Path, device: DeviceProfile) -> Iterator[dict[str, Any]]:
+    """What was measured, what was forecast, and by how much that is off."""
+    for entry in read(book).values():
+        file = Path(entry["file"])
+        facts = find_facts(str(file))
+        past = entry["prompt_tokens"] + TOKENS // 2
+        pairs = {
+            "peak_mb": (entry["peak_bytes"], memory(facts, device, Settings(entry["context"])).total, 1e6),
+            "decode": (entry["decode"], decode(facts, device, START + TOKENS // 2).value, 1),
+            "decode_full": (entry["decode_full"], decode(facts, device, past).value, 1),
+        }
+        row: dict[str, Any] = {"model": file.stem, "context": entry["context"], "runtime": entry["runtime"]}
+        for name, (measured, forecast, scale) in pairs.items():
+            row |= {
+                name: measured / scale,
+                f"{name}_forecast": forecast / scale,
+                f"{name}_error": forecast / measured - 1,
+            }
+        yield row
+
+
+def kept(found: Sequence[dict[str, Any]]) -> bool:
+    return all(
+        abs(row["peak_mb_error"]) <= MEMORY and max(abs(row["decode_error"]), abs(row["decode_full_error"])) <= DECODE
+        for row in found
+    )
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    head = (
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores\n\n"
+        "| model | context | peak MB | forecast | error | decode t/s | forecast | error | with a full context "
+        "| forecast | error |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n"
+    )
+    lines = [_line(row) for row in found]
+    worst = {name: max(abs(row[f"{name}_error"]) for row in found) for name in ("peak_mb", "decode", "decode_full")}
+    middle = {name: statistics.median(abs(row[f"{name}_error"]) for row in found) for name in worst}
+    said = ", ".join(f"{name} median {middle[name]:.1%}, worst {worst[name]:.1%}" for name in worst)
+    return head + "".join(lines) + f"\nErrors: {said}.\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    cells = [row["model"], row["context"]]
+    for name, digits in (("peak_mb", 0), ("decode", 1), ("decode_full", 1)):
+        cells += [f"{row[name]:,.{digits}f}", f"{row[f'{name}_forecast']:,.{digits}f}", f"{row[f'{name}_error']:+.0%}"]
+    return "| " + " | ".join(map(str, cells)) + " |\n"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--here", type=Path, metavar="BOOK", help="measure FILEs and keep the results in BOOK")
+    parser.add_argument("--report", type=Path, metavar="BOOK", help="compare what BOOK has with the forecast")
+    parser.add_argument("--ctx", default="512,2048,8192")
+    parser.add_argument("--runtime", default="auto")
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("files", nargs="*", type=Path)
+    return parser.parse_args()
+
+
+def main() -> int:
+    asked = arguments()
+    if asked.here:
+        measure(asked.here, asked.files, [int(part) for part in asked.ctx.split(",")], asked.runtime, asked.seconds)
+        return 0
+    if asked.report:
+        found = list(rows(asked.report, load_profile("local")))
+        print(json.dumps({"kept": kept(found), "rows": found}) if asked.json else table(found))
+        return 0 if kept(found) else 1
+    data = published.Published()
+    print(json.dumps(published.as_dict(data)) if asked.json else published.page(data))
+    return 0 if published.kept(data) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

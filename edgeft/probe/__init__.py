@@ -1,0 +1,1 @@
+"""Measuring the machine this runs on, with a runtime's own kernels."""

@@ -1,0 +1,138 @@
+"""What can be done with each thing on the home screen, and the command that does it."""
+
+from __future__ import annotations
+
+import enum
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgeft.inventory import Item
+
+
+class How(enum.Enum):
+    """Where a command's work is seen."""
+
+    CHAT = "a conversation"
+    FORM = "a form to fill in first"
+    JOB = "a job in the background"
+    SHOW = "its output"
+    WATCH = "a job's progress"
+    CURVE = "a run's curves"
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing to do."""
+
+    title: str
+    command: tuple[str, ...]
+    """Arguments of `edgeft`."""
+    how: How
+
+    @property
+    def line(self) -> str:
+        return command_line(self.command)
+
+
+def command_line(command: Sequence[str]) -> str:
+    return shlex.join(("edgeft", *command))
+
+
+def actions(item: Item) -> list[Action]:
+    """What one can do with an item; the first is what one would do next."""
+    return {
+        "model": _model,
+        "run": _run,
+        "artifact": _artifact,
+        "adapter": _adapter,
+        "bundle": _bundle,
+        "job": _job,
+        "device": _device,
+    }[item.kind](item)
+
+
+def general() -> list[Action]:
+    """What needs no item."""
+    return [
+        Action("Train a model", ("train",), How.FORM),
+        Action("Check a data set", ("data", "check"), How.FORM),
+        Action("Prepare a data set", ("data", "prepare"), How.FORM),
+        Action("Export a model", ("export",), How.FORM),
+        Action("Pull a model", ("models", "pull"), How.FORM),
+        Action("Import a model", ("models", "import"), How.FORM),
+        Action("Probe this machine", ("devices", "probe"), How.JOB),
+        Action("The demo: a real model in twelve minutes", ("demo",), How.JOB),
+        Action("What works here, and what is missing", ("doctor",), How.SHOW),
+        Action("Settings and where they come from", ("config", "show"), How.SHOW),
+    ]
+
+
+def _model(item: Item) -> list[Action]:
+    if item.state != "here":
+        return [Action("Pull", ("models", "pull", item.name), How.JOB)]
+    found = [
+        Action("Train", ("train", "--model", _path(item)), How.FORM),
+        Action("Will it fit?", ("devices", "fit", _path(item)), How.SHOW),
+        Action("Remove from the store", ("models", "rm", item.name), How.FORM),
+    ]
+    if item.next[0] == "chat":
+        found.insert(0, Action("Chat", item.next, How.CHAT))
+        found.insert(2, Action("Evaluate", ("eval", item.name), How.FORM))
+    return found
+
+
+def _path(item: Item) -> str:
+    """An import is trained by its folder."""
+    return item.next[2] if item.next[0] == "train" else item.name
+
+
+def _run(item: Item) -> list[Action]:
+    if item.state == "not finished":
+        return [
+            Action("Continue training", ("train", "--resume", item.name), How.JOB),
+            Action("Curves", ("status", item.name), How.CURVE),
+        ]
+    return [
+        Action("Export", item.next, How.FORM),
+        Action("Curves", ("status", item.name), How.CURVE),
+    ]
+
+
+def _artifact(item: Item) -> list[Action]:
+    found = [
+        Action("Chat", ("chat", item.name), How.CHAT),
+        Action("Evaluate", ("eval", item.name), How.FORM),
+        Action("Will it fit?", ("devices", "fit", item.name), How.SHOW),
+        Action("Package for a device", ("package", item.name), How.FORM),
+    ]
+    if item.next[0] == "verify":
+        found.insert(0, Action("Verify", item.next, How.JOB))
+    return found
+
+
+def _adapter(item: Item) -> list[Action]:
+    return [Action("Chat on its base", item.next, How.CHAT)]
+
+
+def _bundle(item: Item) -> list[Action]:
+    if item.state == "installed":
+        return [
+            Action("What is installed", ("install", "--list"), How.SHOW),
+            Action("Go back a version", ("install", "--rollback", item.name), How.FORM),
+        ]
+    return [Action("Chat", ("chat", item.name), How.CHAT), Action("Install here", ("install", item.name), How.FORM)]
+
+
+def _job(item: Item) -> list[Action]:
+    watch = Action("Watch", ("jobs", "watch", item.name), How.WATCH)
+    if item.state in ("running", "waiting"):
+        return [watch, Action("Cancel", ("jobs", "cancel", item.name), How.SHOW)]
+    after = [Action("Forget", ("jobs", "rm", item.name), How.SHOW)]
+    if item.state != "done":
+        after.insert(0, Action("Try again", ("jobs", "retry", item.name), How.SHOW))
+    return [watch, *after]
+
+
+def _device(item: Item) -> list[Action]:
+    return [Action("Every figure with its source", ("devices", "show", item.name), How.SHOW)]

@@ -1,0 +1,167 @@
+"""The first screen: what there is, its state, and the next sensible step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.screen import Screen
+from textual.widgets import DataTable, Footer, Input, Static, Tab, Tabs
+
+from edgeft.inventory import KINDS, Item, inventory
+from edgeft.tui.actions import Action, actions, general
+from edgeft.tui.choose import Choose
+
+ALL = "all"
+REFRESH_S = 3.0
+"""Between looks at the disk: jobs and runs change without the screen."""
+
+
+class HomeScreen(Screen[None]):
+    """Tables of models, runs, artifacts, adapters, bundles, jobs and devices."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "next", "Next step", priority=False),
+        Binding("a", "actions", "Actions"),
+        Binding("n", "new", "New"),
+        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding("c", "copy", "Copy command"),
+        Binding("r", "refresh", "Refresh"),
+        Binding("left", "tab(-1)", show=False),
+        Binding("right", "tab(1)", show=False),
+        Binding("escape", "clear", show=False),
+        Binding("q", "app.quit", "Quit"),
+    ]
+    HELP = """What there is in the store, below this folder, running, and known of devices.
+
+**Enter** does what the line at the bottom says. **a** lists everything that can be done with the row. **n** begins
+something new: training, an export, a data set. **/** filters by any word. **←** and **→** change the kind."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self._items: list[Item] = []
+        self._shown: list[Item] = []
+
+    def compose(self) -> ComposeResult:
+        yield Tabs(*(Tab(name, id=name) for name in (ALL, *KINDS)))
+        yield DataTable[str](cursor_type="row", zebra_stripes=True)
+        yield Input(placeholder="filter", id="filter")
+        yield Static("", id="next", classes="command", markup=False)
+        yield Footer()
+
+    def on_mount(self) -> None:
+        table = self._table
+        for name, width in (("what", 9), ("name", None), ("state", None), ("about", None)):
+            table.add_column(name, width=width, key=name)
+        self.query_one("#filter").display = False
+        table.focus()
+        self.action_refresh()
+        self.set_interval(REFRESH_S, self._refresh_if_seen)
+
+    def on_screen_resume(self) -> None:
+        self.action_refresh()
+
+    def _refresh_if_seen(self) -> None:
+        if self.app.screen is self:
+            self.action_refresh()
+
+    @property
+    def _table(self) -> DataTable[str]:
+        return self.query_one(DataTable)
+
+    @property
+    def selected(self) -> Item | None:
+        row = self._table.cursor_row
+        return self._shown[row] if 0 <= row < len(self._shown) else None
+
+    @work(thread=True, exclusive=True)
+    def action_refresh(self) -> None:
+        found = inventory(self.folder)
+        self.app.call_from_thread(self._set_items, found)
+
+    def _set_items(self, items: list[Item]) -> None:
+        if items != self._items:
+            self._items = items
+            self._show()
+
+    @on(Tabs.TabActivated)
+    def _show(self) -> None:
+        """Fill the table, keeping the cursor on the thing it was on."""
+        before = self.selected
+        kind, words = self.query_one(Tabs).active, self.query_one("#filter", Input).value.casefold().split()
+        self._shown = [item for item in self._items if kind in (ALL, "", item.kind) and _matches(item, words)]
+        if kind in (ALL, ""):
+            self._shown = [item for item in self._shown if item.kind != "device"]
+        table = self._table
+        table.clear()
+        for item in self._shown:
+            table.add_row(item.kind, item.name, item.state, item.detail)
+        same = [row for row, item in enumerate(self._shown) if before and (item.kind, item.name) == before_key(before)]
+        table.move_cursor(row=same[0] if same else 0)
+        self._show_next()
+
+    @on(DataTable.RowHighlighted)
+    def _show_next(self) -> None:
+        item = self.selected
+        text = f"{actions(item)[0].title}:  {actions(item)[0].line}" if item else "nothing here yet: n begins something"
+        self.query_one("#next", Static).update(text)
+
+    @on(DataTable.RowSelected)
+    def action_next(self) -> None:
+        if item := self.selected:
+            self._do(actions(item)[0])
+
+    def action_actions(self) -> None:
+        if item := self.selected:
+            self.app.push_screen(Choose(item.name, actions(item)), self._do)
+
+    def action_new(self) -> None:
+        self.app.push_screen(Choose("Begin", general()), self._do)
+
+    def _do(self, action: Action | None) -> None:
+        from edgeft.tui.app import EdgeftApp
+
+        if action is not None:
+            assert isinstance(self.app, EdgeftApp)
+            self.app.do(action)
+
+    def action_copy(self) -> None:
+        if item := self.selected:
+            self.app.copy_to_clipboard(actions(item)[0].line)
+            self.notify("copied")
+
+    def action_tab(self, step: int) -> None:
+        tabs = self.query_one(Tabs)
+        names = (ALL, *KINDS)
+        tabs.active = names[(names.index(tabs.active or ALL) + step) % len(names)]
+
+    def action_filter(self) -> None:
+        field = self.query_one("#filter", Input)
+        field.display = True
+        field.focus()
+
+    def action_clear(self) -> None:
+        field = self.query_one("#filter", Input)
+        field.value, field.display = "", False
+        self._table.focus()
+
+    @on(Input.Changed, "#filter")
+    def _filter(self) -> None:
+        self._show()
+
+    @on(Input.Submitted, "#filter")
+    def _filtered(self) -> None:
+        self._table.focus()
+
+
+def before_key(item: Item) -> tuple[str, str]:
+    return item.kind, item.name
+
+
+def _matches(item: Item, words: list[str]) -> bool:
+    text = f"{item.kind} {item.name} {item.state} {item.detail}".casefold()
+    return all(word in text for word in words)

@@ -1,0 +1,337 @@
+"""The screens, driven by keys, on the scripted runtime and real commands."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import click
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import DataTable, Input, Static, TextArea
+
+from edgeft import jobs
+from edgeft.cli.main import VERBS, cli
+from edgeft.history import History
+from edgeft.inventory import KINDS, Item
+from edgeft.paths import history_file
+from edgeft.tui.actions import actions, general
+from edgeft.tui.app import EdgeftApp
+from edgeft.tui.chat import ChatScreen
+from edgeft.tui.forms import FormScreen, arguments, fields, find_command, values_of
+from edgeft.tui.home import HomeScreen
+from edgeft.tui.jobs import JobScreen
+from edgeft.tui.output import OutputScreen
+from edgeft.tui.talk import Prompt, Said
+
+ANSWER = "Some **bold** text:\n\n```python\nprint(1)\n```\n"
+Steps = Callable[[EdgeftApp, Pilot[None]], Awaitable[None]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick.echo.json").write_text(json.dumps({"default": ANSWER}))
+    (tmp_path / "slow.echo.json").write_text(json.dumps({"default": "word " * 400, "delay_ms": 20}))
+    return tmp_path
+
+
+@asynccontextmanager
+async def running(size: tuple[int, int] = (80, 24)) -> AsyncIterator[tuple[EdgeftApp, Pilot[None]]]:
+    app = EdgeftApp(cli)
+    async with app.run_test(size=size) as pilot:
+        await until(pilot, lambda: isinstance(app.screen, HomeScreen) and bool(app.screen._shown))
+        yield app, pilot
+
+
+def drive(steps: Steps) -> None:
+    async def main() -> None:
+        async with running() as (app, pilot):
+            await steps(app, pilot)
+
+    asyncio.run(main())
+
+
+async def until(pilot: Pilot[None], condition: Callable[[], bool], seconds: float = 30) -> None:
+    for _ in range(int(seconds / 0.05)):
+        if condition():
+            return
+        await pilot.pause(0.05)
+    raise AssertionError(f"not reached: {condition}")
+
+
+async def talk(app: EdgeftApp, pilot: Pilot[None], model: str) -> ChatScreen:
+    screen = ChatScreen(model)
+    app.push_screen(screen)
+    await until(pilot, lambda: screen._opened is not None)
+    return screen
+
+
+async def say(pilot: Pilot[None], text: str) -> None:
+    await pilot.press(*text, "enter")
+
+
+def finished(screen: ChatScreen) -> Callable[[], bool]:
+    return lambda: (
+        bool(screen.conversation.messages)
+        and screen.conversation.messages[-1].state in ("done", "stopped")
+        and not screen.answering
+        and screen.conversation.messages[-1].role == "assistant"
+    )
+
+
+# --- Commands -------------------------------------------------------------------
+
+
+def test_every_action_is_a_command_that_the_command_line_takes() -> None:
+    """No feature is on the screen only."""
+    items = [Item("model", "smollm2-135m", state, "", ("chat", "smollm2-135m")) for state in ("here", "not pulled")]
+    items += [Item("model", "import", "here", "", ("train", "--model", "folder", "--data", "smart-home"))]
+    items += [Item("run", "run", "finished", "", ("export", "run", "--to", "gguf-q4"))]
+    items += [Item("run", "run", "not finished", "", ("train", "--resume", "run"))]
+    items += [Item("artifact", "a.gguf", "not verified", "", ("verify", "run", "a.gguf"))]
+    items += [Item("adapter", "a.gguf", "made", "", ("chat", "base.gguf", "--adapter", "a.gguf"))]
+    items += [Item("bundle", "b", state, "", ("install", "b")) for state in ("packed", "installed")]
+    items += [Item("job", "j", state, "", ("jobs", "watch", "j")) for state in ("running", "done", "failed", "lost")]
+    items += [Item("device", "rpi5-8g", "known", "", ("devices", "show", "rpi5-8g"))]
+    assert {item.kind for item in items} == set(KINDS)
+    for action in [*general(), *(action for item in items for action in actions(item))]:
+        command, names, words = find_command(cli, action.command)
+        assert names and names[0] in VERBS, action
+        values = values_of(command, words)
+        known = {parameter.name for parameter in command.params}
+        assert set(values) <= known and not isinstance(command, click.Group), action
+
+
+@pytest.mark.parametrize("verb", ["train", "export", "package", "verify", "eval"])
+def test_a_form_has_every_option_of_its_command(verb: str) -> None:
+    command, _, _ = find_command(cli, [verb])
+    left_out = {parameter.name for parameter in command.params} - {parameter.name for parameter in fields(command)}
+    assert left_out <= {"as_json", "dry_run"}
+
+
+def test_what_a_form_says_the_command_understands() -> None:
+    command, _, _ = find_command(cli, ["train"])
+    words = ["--model", "m", "--data", "d", "--rank", "8", "--dora", "--target-modules", "q_proj,k_proj"]
+    values = values_of(command, words)
+    assert values_of(command, list(arguments(values, command))) == values
+    assert list(arguments({"model": "a b", "rank": "", "dora": False}, command)) == ["--model", "a b"]
+
+
+# --- Screens --------------------------------------------------------------------
+
+
+def test_home_shows_what_is_here_and_does_the_next_step(folder: Path) -> None:
+    job = jobs.wait(jobs.start(["config", "show"]))
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        home = app.screen
+        assert isinstance(home, HomeScreen)
+        await pilot.press("slash", *job.id, "enter")
+        await until(pilot, lambda: len(home._shown) == 1)
+        assert job.id in str(home.query_one("#next", Static).render())
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, JobScreen))
+        await pilot.press("escape", "escape")
+        await until(pilot, lambda: app.screen is home and len(home._shown) > 1)
+
+    drive(steps)
+
+
+def test_a_form_follows_what_is_typed_and_starts_a_job(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        await pilot.press("n")
+        await pilot.pause()
+        await pilot.press("down", "enter")  # check a data set
+        await until(pilot, lambda: isinstance(app.screen, FormScreen))
+        form = app.screen
+        assert isinstance(form, FormScreen)
+        await pilot.press(*"smart-home")
+        await until(pilot, lambda: form.words == ("data", "check", "smart-home"))
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: isinstance(app.screen, JobScreen) and app.screen.job.state.ended)
+        assert isinstance(app.screen, JobScreen)
+        assert app.screen.job.command == ("data", "check", "smart-home") and app.screen.job.state == "done"
+
+    drive(steps)
+
+
+def test_a_plan_is_shown_before_anything_starts(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        form = FormScreen(cli, ("models", "pull", "smollm2-135m"), app.start)
+        app.push_screen(form)
+        await pilot.pause()
+        await pilot.press("f5")
+        await until(pilot, lambda: "would fetch smollm2-135m" in form.query_one("#plan", TextArea).text)
+        assert not jobs.list_jobs()
+
+    drive(steps)
+
+
+def test_a_short_command_shows_what_it_says(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        app.push_screen(screen := OutputScreen(("devices", "show", "rpi5-8g")))
+        await pilot.pause()
+        await until(pilot, lambda: "bandwidth" in screen.query_one(TextArea).text)
+
+    drive(steps)
+
+
+def test_help_names_the_keys_of_the_screen(folder: Path) -> None:
+    from edgeft.tui.help import HelpScreen, help_text
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        assert "| Next step |" in help_text(app.screen) or "| Actions |" in help_text(app.screen)
+        await pilot.press("question_mark")
+        await until(pilot, lambda: isinstance(app.screen, HelpScreen))
+
+    drive(steps)
+
+
+# --- Chat -----------------------------------------------------------------------
+
+
+def test_a_conversation_is_stored_streamed_and_shown_whole(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await talk(app, pilot, "quick.echo.json")
+        await say(pilot, "hello there")
+        await until(pilot, finished(screen))
+        assert [said.text for said in screen.query(Said)] == ["hello there", ANSWER]
+        assert "tokens/s" in str(screen.query_one("#status", Static).render())
+        await pilot.press("ctrl+b")
+        await until(pilot, lambda: screen.conversation.id == 2)
+
+    drive(steps)
+    with History(history_file()) as history:
+        said = [(one.role, one.content) for one in history.conversation(1).messages]
+        assert said == [("user", "hello there"), ("assistant", ANSWER)]
+        assert [one.role for one in history.conversation(2).messages] == ["user", "assistant"]
+
+
+def test_esc_stops_an_answer_and_keeps_what_is_there(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await talk(app, pilot, "slow.echo.json")
+        await say(pilot, "hello")
+        await until(pilot, lambda: len(screen.query(Said)) == 2 and len(screen.query(Said).last().text) > 20)
+        await pilot.press("escape")
+        await until(pilot, finished(screen))
+        last = screen.conversation.messages[-1]
+        assert last.state == "stopped" and 20 < len(last.content) < 1900
+        assert app.screen is screen
+
+    drive(steps)
+
+
+def test_edit_takes_the_last_message_back_and_again_answers_anew(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await talk(app, pilot, "quick.echo.json")
+        await say(pilot, "hello")
+        await until(pilot, finished(screen))
+        first = screen.conversation.messages[-1].id
+        await pilot.press("ctrl+r")
+        await until(pilot, lambda: finished(screen)() and screen.conversation.messages[-1].id != first)
+        await pilot.press("f2")
+        await until(pilot, lambda: screen.query_one(Prompt).text == "hello")
+        assert not screen.conversation.messages and not screen.query(Said)
+
+    drive(steps)
+
+
+def test_a_paste_is_one_message(folder: Path) -> None:
+    from textual import events
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await talk(app, pilot, "quick.echo.json")
+        app.post_message(events.Paste("one\ntwo\nthree"))
+        await pilot.pause()
+        await pilot.press("ctrl+j", "4", "enter")
+        await until(pilot, finished(screen))
+        assert screen.conversation.messages[0].content == "one\ntwo\nthree\n4"
+
+    drive(steps)
+
+
+def test_a_model_that_dies_loses_nothing_and_comes_back(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await talk(app, pilot, "slow.echo.json")
+        await say(pilot, "hello")
+        await until(pilot, lambda: len(screen.query(Said)) == 2 and len(screen.query(Said).last().text) > 20)
+        assert screen._process._process
+        os.kill(screen._process._process.pid, signal.SIGKILL)
+        await until(pilot, finished(screen))
+        assert screen.conversation.messages[-1].state == "stopped"
+        assert len(screen.conversation.messages[-1].content) > 20
+        await say(pilot, "again")
+        await until(pilot, lambda: len(screen.query(Said)) == 4 and len(screen.query(Said).last().text) > 20)
+        await pilot.press("escape")
+        await until(pilot, finished(screen))
+
+    drive(steps)
+
+
+def test_a_damaged_history_is_said_and_the_conversation_goes_on(folder: Path) -> None:
+    history_file().parent.mkdir(parents=True, exist_ok=True)
+    history_file().write_bytes(b"no database " * 1000)
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await talk(app, pilot, "quick.echo.json")
+        await say(pilot, "hello")
+        await until(pilot, finished(screen))
+        assert screen.conversation.messages[-1].content == ANSWER
+
+    drive(steps)
+    assert history_file().read_bytes().startswith(b"no database")
+
+
+def test_a_model_that_cannot_be_loaded_is_said(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = ChatScreen("nothing.gguf")
+        app.push_screen(screen)
+        await until(
+            pilot,
+            lambda: "not loaded" in str(screen.query_one("#status", Static).render()) if screen.is_mounted else False,
+        )
+        await say(pilot, "kept")
+        await until(pilot, lambda: len(screen.conversation.messages) > 1)
+
+    drive(steps)
+    with History(history_file()) as history:
+        assert history.conversation(1).messages[0].content == "kept"
+
+
+def test_old_conversations_are_found_by_their_words_and_opened(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await talk(app, pilot, "quick.echo.json")
+        for text in ("a lamp", "a heater"):
+            await say(pilot, text)
+            await until(pilot, finished(screen))
+            await pilot.press("ctrl+n")
+            await until(pilot, lambda: not screen.query(Said))
+        await pilot.press("ctrl+o")
+        await until(pilot, lambda: bool(app.screen.query(DataTable)) and app.screen.query_one(DataTable).row_count == 2)
+        await pilot.press(*"lam")
+        await until(pilot, lambda: app.screen.query_one(DataTable).row_count == 1)
+        await pilot.press("enter")
+        await until(pilot, lambda: len(screen.query(Said)) == 2)
+        assert screen.conversation.messages[0].content == "a lamp"
+
+    drive(steps)
+
+
+def test_settings_hold_from_the_next_message_on(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await talk(app, pilot, "quick.echo.json")
+        await pilot.press("ctrl+t")
+        await until(pilot, lambda: bool(app.screen.query("#system")))
+        app.screen.query_one("#system", TextArea).load_text("Say the other thing.")
+        app.screen.query_one("#temperature", Input).value = "0.5"
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: screen.sampling.temperature == 0.5)
+        await say(pilot, "hello")
+        await until(pilot, finished(screen))
+        assert screen.conversation.prompt()[0] == {"role": "system", "content": "Say the other thing."}
+
+    drive(steps)
