@@ -209,12 +209,14 @@ class RuntimeConformance:
             whole = ask(session, replace(_SOME, max_tokens=1), text=text).usage.ttft_s
         for share in (0.3, 0.15, 0.05):  # a busy machine may be faster the second time
             with subject.open() as session:
-                cancel = Cancel()
+                cancel, began = Cancel(), time.perf_counter()
                 timer = threading.Timer(whole * share, cancel.set)
                 timer.start()
                 usage = ask(session, text=text, cancel=cancel).usage
+                took = time.perf_counter() - began
                 timer.join()
-                if (usage.finish_reason, usage.completion_tokens) == ("cancel", 0):
+                early = whole < 0.5 or took < 0.9 * whole  # what is short cannot be timed on a busy machine
+                if early and (usage.finish_reason, usage.completion_tokens) == ("cancel", 0):
                     assert ask(session).usage.completion_tokens == 16
                     return
         pytest.fail(f"a prompt phase of {whole:.2f} s could not be cancelled")
