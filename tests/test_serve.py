@@ -288,7 +288,7 @@ def test_a_crash_of_the_model_is_an_error_and_not_the_end(tmp_path: Path) -> Non
 
 
 def test_an_answer_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    with serving(tmp_path, script(tmp_path, default="x" * 3000, delay_ms=20), "--timeout", "1") as server:
+    with serving(tmp_path, script(tmp_path, default="x" * 3000, delay_ms=20), "--timeout", "4") as server:
         status, body, _ = server.chat("go", max_tokens=3000)
         assert status == 504 and body["error"]["code"] == "timeout"
         assert server.chat("go", max_tokens=1)[0] == 200
