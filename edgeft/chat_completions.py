@@ -84,7 +84,7 @@ def read_endpoint(path: Path) -> Endpoint:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         if "secret" in values:
-            raise ConfigError(f"{path} has a key in it", "Keys belong into the environment: key_env names the variable.")
+            raise ConfigError(f"{path} has a key in it", "Put it into the environment: key_env names the variable.")
         return replace(parse_endpoint(str(values.pop("url"))), **values)
     except KeyError:
         raise ConfigError(f"{path} has no url", 'Write url = "http://127.0.0.1:8080/v1" into it.') from None
