@@ -92,6 +92,12 @@ def read_endpoint(path: Path) -> Endpoint:
         raise ConfigError(f"{path} is not an endpoint: {error}") from error
 
 
+def check_encrypted(endpoint: Endpoint) -> None:
+    """Raises: UsageError when a key would go over the network in the clear."""
+    if endpoint.key() and not endpoint.local and urlsplit(endpoint.url).scheme == "http":
+        raise UsageError(f"{endpoint.url} is not encrypted, and {endpoint.key_env} would be readable", "Use https.")
+
+
 class NotConnected(Unreachable):
     """There is no connection: no network, no name, or nobody listens."""
 
@@ -119,8 +125,7 @@ class ChatClient:
         """Raises: MissingDependency; UsageError when the key would go over the network in the clear."""
         self.endpoint = endpoint
         self._httpx = require("httpx2", "cloud")
-        if endpoint.key() and not endpoint.local and urlsplit(endpoint.url).scheme == "http":
-            raise UsageError(f"{endpoint.url} is not encrypted, and {endpoint.key_env} would be readable", "Use https.")
+        check_encrypted(endpoint)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="edgeft-endpoint", daemon=True)
         self._thread.start()

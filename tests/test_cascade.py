@@ -348,6 +348,20 @@ def test_no_seeded_secret_is_sent_and_what_comes_back_is_restored() -> None:
         assert restored + restorer.flush() == messages[1]["content"]
 
 
+def test_what_was_found_once_is_replaced_wherever_it_is() -> None:
+    redaction = Guard(PrivacySettings()).redaction()
+    sent = redaction.messages(
+        [{"role": "user", "content": "see v10.20.30.40x"}, {"role": "user", "content": "10.20.30.40"}]
+    )
+    assert [message["content"] for message in sent] == ["see v[IP_ADDRESS_1]x", "[IP_ADDRESS_1]"]
+
+
+def test_a_key_is_not_sent_in_the_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CASCADE_TEST_KEY", KEY)
+    with pytest.raises(EdgeftError, match="not encrypted"):
+        Cascade.open(write_cascade(tmp_path, "http://cloud.example.org/v1"))
+
+
 def test_only_the_beginning_of_a_name_is_held_back() -> None:
     restorer = Restorer({"[EMAIL_1]": "a@b.c", "[EMAIL_12]": "d@e.f"})
     assert restorer.push("hi [x") == "hi [x"
