@@ -84,12 +84,18 @@ def read_endpoint(path: Path) -> Endpoint:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         if "secret" in values:
-            raise ConfigError(f"{path} has a key in it", "Keys go into the environment: key_env names the variable.")
+            raise ConfigError(f"{path} has a key in it", "Put it into the environment: key_env names the variable.")
         return replace(parse_endpoint(str(values.pop("url"))), **values)
     except KeyError:
         raise ConfigError(f"{path} has no url", 'Write url = "http://127.0.0.1:8080/v1" into it.') from None
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is not an endpoint: {error}") from error
+
+
+def check_encrypted(endpoint: Endpoint) -> None:
+    """Raises: UsageError when a key would go over the network in the clear."""
+    if endpoint.key() and not endpoint.local and urlsplit(endpoint.url).scheme == "http":
+        raise UsageError(f"{endpoint.url} is not encrypted, and {endpoint.key_env} would be readable", "Use https.")
 
 
 class NotConnected(Unreachable):
@@ -119,8 +125,7 @@ class ChatClient:
         """Raises: MissingDependency; UsageError when the key would go over the network in the clear."""
         self.endpoint = endpoint
         self._httpx = require("httpx2", "cloud")
-        if endpoint.key() and not endpoint.local and urlsplit(endpoint.url).scheme == "http":
-            raise UsageError(f"{endpoint.url} is not encrypted, and {endpoint.key_env} would be readable", "Use https.")
+        check_encrypted(endpoint)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="edgeft-endpoint", daemon=True)
         self._thread.start()

@@ -16,7 +16,7 @@ from edgeft.cascade.privacy import Guard, Redaction
 from edgeft.cascade.settings import Cloud, ResilienceSettings, Settings
 from edgeft.cascade.types import Attempt, Record
 from edgeft.chat import Cancel, Message, Sampling
-from edgeft.chat_completions import ChatClient, NotConnected, Refused
+from edgeft.chat_completions import ChatClient, NotConnected, Refused, check_encrypted
 from edgeft.errors import ConfigError, EdgeftError, ModelError, Unreachable
 
 _BYTES_PER_TOKEN = 3
@@ -65,6 +65,8 @@ class Clouds:
     def __init__(self, settings: Settings, budget: Budget, guard: Guard) -> None:
         self._resilience: ResilienceSettings = settings.resilience
         self._budget, self._guard = budget, guard
+        for cloud in settings.cloud:
+            check_encrypted(cloud.endpoint())
         self._lines = [
             _Line(cloud, Breaker(settings.resilience), threading.BoundedSemaphore(cloud.concurrency))
             for cloud in settings.cloud

@@ -96,7 +96,7 @@ class Redaction:
 
     def text(self, text: str) -> str:
         """A text without personal data: again until a search finds none, since what touches may hide it."""
-        for original, name in self._names.items():
+        for original, name in sorted(self._names.items(), key=lambda item: -len(item[0])):
             text = text.replace(original, name)
         for _ in range(8):
             spans = _apart([span for span in self._find(text) if not self._is_name(text, span)])
