@@ -35,6 +35,8 @@ TASKS = ("text", "demo")
 TRAIN = {"text": 77, "demo": 460}
 """Examples: about 40 steps each."""
 TEST = {"text": 24, "demo": 60}
+VALIDATION = {"text": 24, "demo": 40}
+"""Examples that settings are chosen on: neither trained on nor tested on."""
 PIECE = 800
 """Characters of a piece of general text, about 200 tokens."""
 TARGET = "gguf-q4_0"
@@ -54,6 +56,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "scales": {"method": "lora", "target": TARGET, "tune": "scales"},
 }
 
+CHOICE = ("lora", "lora-3e-3", "aware", "aware-3e-3", "aware-6e-3", "lora-r64", "aware-r64")
+"""Methods among which settings are chosen, by the validation examples' loss of the Q4_0 file."""
+
 Cells = dict[str, Any]
 
 
@@ -69,6 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     prepare_data(options.work)
+    prepare_validation(options.work)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     tasks = options.tasks.split(",")
     wanted = plan(tasks, seeds)
@@ -126,6 +132,8 @@ def plan(tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Callable[[Path
         for method in ("lora-3e-3", "aware-3e-3", "aware-6e-3", "aware50", "lora-r64", "aware-r64", "scales"):
             training(task, method, first)
             file(task, method, first, "q4_0")
+        for method in CHOICE:
+            cells[f"valid/{task}/{method}/{first}"] = partial(valid_cell, task=task, method=method, seed=first)
         training(task, "qlora", first)
         for how in ("q4_k_m", "q4", "unmerged-q4_0"):
             file(task, "lora", first, how)
@@ -165,6 +173,21 @@ def prepare_data(work: Path) -> None:
         write_lines(work / "demo", split, (demo / f"{split}.jsonl").read_text().splitlines()[:count])
 
 
+def prepare_validation(work: Path) -> None:
+    """Beside the folders of the tasks, so that training does not see it and stop early or keep other weights.
+
+    General text: the pieces after those trained on, so that cells computed before there was a validation stay valid.
+    """
+    if (work / "demo-validation" / "valid.jsonl").is_file():
+        return
+    from edgeft.data.load import resolve_dataset
+
+    pieces = text_pieces()[TEST["text"] + TRAIN["text"] :][: VALIDATION["text"]]
+    write_lines(work / "text-validation", "valid", [json.dumps({"text": piece}) for piece in pieces])
+    demo = (Path(resolve_dataset("smart-home")) / "valid.jsonl").read_text().splitlines()
+    write_lines(work / "demo-validation", "valid", demo[: VALIDATION["demo"]])
+
+
 def text_pieces() -> list[str]:
     """The Python language reference in pieces, shuffled."""
     from pydoc_data.topics import topics
@@ -177,6 +200,8 @@ def text_pieces() -> list[str]:
             if len(piece) >= PIECE:
                 pieces.append(piece[: 2 * PIECE].strip())
                 piece = ""
+    # Topics share paragraphs: without this, two of the held-out pieces were trained on.
+    pieces = list(dict.fromkeys(pieces))
     random.Random(0).shuffle(pieces)
     return pieces
 
@@ -186,14 +211,14 @@ def write_lines(folder: Path, split: str, lines: Sequence[str]) -> None:
     (folder / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines))
 
 
-def encoded_test(work: Path, task: str) -> list[Any]:
+def encoded(folder: Path, split: str = "test") -> list[Any]:
     from edgeft.data.encode import encode_all
     from edgeft.data.load import load_split
     from edgeft.models import resolve
     from edgeft.models.text import load_text_side
 
     text = load_text_side(resolve(MODEL, want="hf").path)
-    return encode_all(load_split(work / task, "test"), text.need_template(), text.tokenize, text.eos_tokens).encoded
+    return encode_all(load_split(folder, split), text.need_template(), text.tokenize, text.eos_tokens).encoded
 
 
 # --- Training -------------------------------------------------------------------
@@ -231,7 +256,18 @@ def file_cell(work: Path, task: str, method: str, seed: int, how: str) -> dict[s
     out, size, base = write(work, run, method, how)
     trained = trained_graph(run, method)
     shipped = file_graph(base or out, run.joinpath("adapter") if base else None)
-    return {"bytes": size, **scores(trained, shipped, encoded_test(work, task))}
+    return {"bytes": size, **scores(trained, shipped, encoded(work / task))}
+
+
+def valid_cell(work: Path, task: str, method: str, seed: int) -> dict[str, Any]:
+    """Per validation example: the sum of the NLL of the Q4_0 file, and its tokens."""
+    out, _, _ = write(work, work / "runs" / f"{task}-{method}-{seed}", method, "q4_0")
+    graph = file_graph(out, None)
+    found = [log_probs(graph, example) for example in encoded(work / f"{task}-validation", "valid")]
+    return {
+        "nll": [-float(after.gather(1, targets).sum()) for after, targets in found],
+        "tokens": [len(targets) for _, targets in found],
+    }
 
 
 def exact_cell(work: Path, task: str, method: str, seed: int, how: str) -> dict[str, Any]:
@@ -263,7 +299,7 @@ def runtime_cell(work: Path, task: str, seed: int) -> dict[str, Any]:
     (codes,) = check_codes(source, out)
     reference = load_reference(source.base, source.adapter, packed=source.packed)
     with open_session(str(out)).session as session:
-        total = compare_all(reference, session, encoded_test(work, task))
+        total = compare_all(reference, session, encoded(work / task))
     return {
         "codes": codes.detail, "equal": codes.value, "kl": total.kl, "same": total.top1, "tokens": total.tokens,
         "nll_graph_float32": total.nll_reference, "nll_llama_cpp": total.nll_file,
@@ -383,6 +419,11 @@ def report(cells: Cells, tasks: Sequence[str], seeds: Sequence[int]) -> dict[str
         ]
         if found:
             figures[f"{task}_recovered"] = {"seeds": len(found), **recovered(found)}
+        figures[f"{task}_validation"] = {
+            name: round(sum(cell["nll"]) / sum(cell["tokens"]), 5)
+            for name, cell in cells.items()
+            if name.startswith(f"valid/{task}/")
+        }
         figures[f"{task}_runtime"] = {name: cells[name] for name in cells if name.startswith(f"runtime/{task}/")}
         figures[task] = {
             name.removeprefix(f"file/{task}/"): line(cells, name) for name in cells if name.startswith(f"file/{task}/")
