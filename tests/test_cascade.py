@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faulty_cloud import FAULTS, KEY, faulty_cloud
@@ -318,7 +319,7 @@ def test_every_one_of_10_000_requests_is_answered_once(tmp_path: Path, monkeypat
         ("", {"role": "user", "content": "hi", "local-only": True}),
     ],
 )
-def test_what_is_pinned_never_leaves(tmp_path: Path, more: str, message: dict[str, object]) -> None:
+def test_what_is_pinned_never_leaves(tmp_path: Path, more: str, message: dict[str, Any]) -> None:
     with faulty_cloud("good") as cloud, opened(tmp_path, cloud.url, more=f"[privacy]\n{more}") as cascade:
         messages = [message, {"role": "user", "content": "hi"}]
         record = list(cascade.answer(messages, Sampling()))[-1].record
