@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install dev test test-slow test-reference test-deploy test-arm64 lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean bench-forecast
+.PHONY: help demo install dev test test-slow test-reference test-deploy test-arm64 lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean bench-forecast bench-serve soak test-clients soak-cascade
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ test-deploy: dev ## deployment to real SSH servers: cuts, kills, full disks, fle
 
 test-arm64: dev ## a Raspberry Pi 5's bundle in an arm64 Debian under emulation (root, qemu-user-static, mmdebstrap)
 	$(BIN)/pytest tests/test_arm64.py
+test-clients: dev ## `llm` and `litellm` against `edgeft serve`, in an environment of their own
+	test -x .cache/clients/bin/llm || { $(PYTHON) -m venv .cache/clients && .cache/clients/bin/pip install --quiet llm litellm; }
+	SERVE_CLIENTS=$(CURDIR)/.cache/clients $(BIN)/pytest tests/test_serve_clients.py
+
+soak-cascade: dev ## 10,000 requests to a cloud that fails in every way
+	$(BIN)/pytest -m slow tests/test_cascade.py
 
 lint: dev ## style, and the generated pages are up to date
 	$(BIN)/ruff format --check .
@@ -72,6 +78,12 @@ bench-forecast: dev ## forecasts against published speeds; docs/bench.md says ho
 
 bench-ledger: dev ## every way to ship the run of the demo, in one ledger
 	$(BIN)/python benchmarks/ledger.py demo/run --work .cache/ledger
+
+bench-serve: dev ## what the server adds to the bare runtime
+	$(BIN)/python benchmarks/serve.py
+
+soak: dev ## 64 streams for five minutes, some left half read: memory, and no text in the wrong hands
+	$(BIN)/python benchmarks/soak.py
 
 parity: dev ## every tensor against llama.cpp's own converter and quantizer
 	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python

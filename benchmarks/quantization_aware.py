@@ -43,7 +43,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "qlora": {"method": "qlora"},
     "aware": {"method": "lora", "target": TARGET},
+    "lora-3e-3": {"method": "lora", "learning_rate": 3e-3},
     "aware-3e-3": {"method": "lora", "target": TARGET, "learning_rate": 3e-3},
+    "aware-6e-3": {"method": "lora", "target": TARGET, "learning_rate": 6e-3},
+    "lora-r64": {"method": "lora", "rank": 64, "learning_rate": 2e-3},
+    "aware-r64": {"method": "lora", "target": TARGET, "rank": 64, "learning_rate": 2e-3},
+    "lora-long": {"method": "lora", "rank": 64, "learning_rate": 2e-3, "epochs": 2.0},
+    "aware-long": {"method": "lora", "target": TARGET, "rank": 64, "learning_rate": 2e-3, "epochs": 2.0},
     "aware50": {"method": "lora", "target": TARGET, "quantize_after": 0.5},
     "scales": {"method": "lora", "target": TARGET, "tune": "scales"},
 }
@@ -111,13 +117,13 @@ def plan(tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Callable[[Path
 
     for seed in seeds:
         for task in tasks:
-            for method in ("lora", "aware"):
+            for method in ("lora", "aware", "lora-long", "aware-long"):
                 training(task, method, seed)
                 file(task, method, seed, "q4_0")
     for task in tasks:
         first = seeds[0]
         cells[f"runtime/{task}/{first}"] = partial(runtime_cell, task=task, seed=first)
-        for method in ("aware-3e-3", "aware50", "scales"):
+        for method in ("lora-3e-3", "aware-3e-3", "aware-6e-3", "aware50", "lora-r64", "aware-r64", "scales"):
             training(task, method, first)
             file(task, method, first, "q4_0")
         training(task, "qlora", first)

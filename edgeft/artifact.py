@@ -55,6 +55,8 @@ class Artifact:
     path: Path
     manifest: Manifest | None = None
     """None for a file that edgeft did not make."""
+    address: str = ""
+    """URL of a model that another machine serves; `path` is then no file."""
 
 
 def size_of(path: Path) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from edgeft.artifact import Artifact
 from edgeft.chat import Cancel, Delta, Message, Sampling, TokenIds
@@ -26,6 +26,9 @@ BUILT_IN: Mapping[Family, Mapping[str, str]] = {
         "xllamacpp": "edgeft.runtimes.xllamacpp:runtime",
         "onnxruntime-genai": "edgeft.runtimes.onnxruntime_genai:runtime",
         "onnxruntime": "edgeft.runtimes.onnxruntime:runtime",
+        "transformers": "edgeft.runtimes.transformers:runtime",
+        "openai": "edgeft.runtimes.openai:runtime",
+        "llama-server": "edgeft.runtimes.llama_server:runtime",
         "echo": "edgeft.runtimes.echo:runtime",
     },
     "devices": {"catalogue": "edgeft.devices.catalogue:source", "own": "edgeft.devices.own:source"},
@@ -188,6 +191,22 @@ class Session(AbstractContextManager["Session"], Protocol):
         """Replace the active adapters. Raises: ModelError when one does not belong to this base."""
 
     def close(self) -> None: ...
+
+
+Capability = Literal["tokens", "raw", "seeds", "logprobs", "scores", "json", "adapters", "reuse", "memory"]
+"""What runtimes can do more or less of:
+
+tokens: prompts and answers are the model's own token ids, one per delta.  raw: prompts that are no conversation.
+seeds: a sampled answer repeats.  logprobs: `Sampling.top_logprobs`.  scores: `Session.score`.  json: `json_schema`.
+adapters: `set_adapters`.  reuse: a prompt's cached prefix is not computed again.  memory: `close` frees the model.
+"""
+
+CAPABILITIES: frozenset[Capability] = frozenset(get_args(Capability))
+
+
+def capabilities(runtime: Runtime) -> frozenset[Capability]:
+    """What a runtime can do: everything but what it declares in `lacks` (capability -> why), where it has that."""
+    return CAPABILITIES - set(getattr(runtime, "lacks", ()))
 
 
 class Runtime(Protocol):

@@ -84,6 +84,8 @@ def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None
 
     Which files are models is for the runtimes to say: one that somebody else wrote may read what edgeft does not.
     """
+    if reference.startswith(("http://", "https://")):
+        return Artifact(Path(reference.rpartition("#")[2]), address=reference)
     path = Path(reference).expanduser().absolute()
     if is_bundle(path):
         return open_artifact(path / read_bundle(path).model)
@@ -92,6 +94,8 @@ def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None
     if runtime == "echo":
         return Artifact(path)
     found = resolve(reference, progress=progress)
+    if runtime == "transformers" and found.kind in ("hf", "run"):
+        return Artifact(found.path)
     if found.kind not in ("gguf", "onnx"):
         raise UsageError(
             f"{reference} is not a file a runtime can run",

@@ -8,12 +8,13 @@ processor faults (ggml-org/llama.cpp issue 20824, pull request 26954). Debian 12
 from __future__ import annotations
 
 import functools
-import mmap
 import re
 from pathlib import Path
 
 _MENDED_IN = {11: 5, 12: 4, 13: 3}
 """GCC major -> the minor release that has the repair; older majors cannot compile ggml's AMX code."""
+
+_BLOCK, _OVERLAP = 1 << 22, 128
 
 
 @functools.cache  # searching a library of 106 MB takes a quarter of a second
@@ -22,12 +23,8 @@ def crashes_on_amx(library: Path, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool
     if not _has_amx(cpuinfo):
         return False
     cpu_part = library.with_name("libggml-cpu.so")
-    with (cpu_part if cpu_part.is_file() else library).open("rb") as stream:
-        content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        try:
-            return content.find(b"ggml_backend_amx_mul_mat") >= 0 and _miscompiled(content)
-        finally:
-            content.close()
+    used, compilers = _scan(cpu_part if cpu_part.is_file() else library)
+    return used and any(int(minor) < _MENDED_IN.get(int(major), 0) for major, minor in compilers)
 
 
 def _has_amx(cpuinfo: Path) -> bool:
@@ -37,7 +34,17 @@ def _has_amx(cpuinfo: Path) -> bool:
         return any("amx_tile" in line for line in lines if line.startswith("flags"))
 
 
-def _miscompiled(content: mmap.mmap | bytes) -> bool:
-    """Compilers sign the files they make: `GCC: (Debian 12.2.0-14+deb12u1) 12.2.0`."""
-    signatures = re.findall(rb"GCC: \([^)]*\) (\d+)\.(\d+)", content)
-    return any(int(minor) < _MENDED_IN.get(int(major), 0) for major, minor in signatures)
+def _scan(library: Path) -> tuple[bool, set[tuple[bytes, bytes]]]:
+    """Whether the AMX code is in it, and the versions of the compilers.
+
+    These sign the files they make: `GCC: (Debian 12.2.0-14+deb12u1) 12.2.0`. Read block by block: mapped as a whole,
+    the library would count as memory of this process.
+    """
+    used, compilers, rest = False, set(), b""
+    with library.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            text = rest + block
+            used = used or b"ggml_backend_amx_mul_mat" in text
+            compilers |= set(re.findall(rb"GCC: \([^)]{,60}\) (\d+)\.(\d+)\.", text))
+            rest = text[-_OVERLAP:]
+    return used, compilers

@@ -73,10 +73,13 @@ def read_script(path: Path) -> Script:
 @dataclass(frozen=True)
 class EchoRuntime:
     name: str = "echo"
+    lacks: Mapping[str, str] = field(
+        default_factory=lambda: {"json": "a script says what it says", "adapters": "a script has no weights"}
+    )
 
     def supports(self, artifact: Artifact) -> Support:
         # Never a real model: with no llama.cpp installed, "auto" would otherwise answer with an echo.
-        if artifact.path.exists() and not artifact.path.name.endswith(".echo.json"):
+        if artifact.address or (artifact.path.exists() and not artifact.path.name.endswith(".echo.json")):
             return Support(False, f"{artifact.path.name} is not an .echo.json script")
         return Support(True)
 

@@ -7,13 +7,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeft.artifact import Artifact
-from edgeft.chat import Cancel, Delta, FinishReason, Message, Sampling, TokenIds, Usage
+from edgeft.chat import Cancel, ChatTemplate, Delta, FinishReason, Message, Sampling, TokenIds, Usage
 from edgeft.errors import ModelError, UsageError, require
 from edgeft.paths import parse_json
 from edgeft.plugins import AdapterScale, LoadOptions, Session, Support
@@ -79,6 +79,12 @@ class OnnxRuntime:
     engine: Callable[[Path, Shape, LoadOptions], Engine]
     growing: bool = False
     """Whether it also runs graphs that return their keys and values anew from every call."""
+    lacks: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "json": "onnxruntime has no grammars",
+            "adapters": "an ONNX graph takes no adapters at run time",
+        }
+    )
 
     def supports(self, artifact: Artifact) -> Support:
         if not (artifact.path / CONFIG).is_file():
@@ -160,6 +166,8 @@ def first_line(error: Exception) -> str:
 class OnnxSession:
     """One graph and one sequence whose keys and values are kept between calls."""
 
+    engine_name = "onnxruntime"
+
     def __init__(self, engine: Engine, text: HfText, shape: Shape, path: Path, options: LoadOptions) -> None:
         self._engine: Engine | None = engine
         self._text, self._path = text, path
@@ -192,7 +200,10 @@ class OnnxSession:
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> TokenIds:
         self._alive()
         # Training adds nothing to what the template writes.
-        return self._text.tokenize(self._text.template().render(messages, tools=tools), special=True)
+        return self._text.tokenize(self._template().render(messages, tools=tools), special=True)
+
+    def _template(self) -> ChatTemplate:
+        return self._text.template()
 
     def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> TokenIds:
         self._alive()
@@ -210,7 +221,8 @@ class OnnxSession:
             raise UsageError("the prompt is empty")
         if sampling.json_schema is not None:
             raise UsageError(
-                "onnxruntime cannot follow a JSON schema", "Export to GGUF for that: edgeft export … --to gguf-q4."
+                f"{self.engine_name} cannot follow a JSON schema",
+                "Export to GGUF for that: edgeft export … --to gguf-q4.",
             )
         if len(prompt) >= self.context:
             raise ModelError(

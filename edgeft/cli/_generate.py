@@ -82,7 +82,37 @@ def open_model(reference: str, values: Mapping[str, Any], adapters: list[Adapter
     from edgeft.cli._output import ConsoleProgress
     from edgeft.sessions import open_session
 
+    if reference.endswith(".toml"):
+        from edgeft.cascade import is_cascade
+
+        if is_cascade(reference):
+            return _open_cascade(reference, adapters)
     return open_session(reference, str(values["runtime"]), _load_options(values), ConsoleProgress(), adapters=adapters)
+
+
+def _open_cascade(reference: str, adapters: list[AdapterScale]) -> Opened:
+    from edgeft.cascade import Cascade
+    from edgeft.cascade.session import opened_cascade
+    from edgeft.cli._output import ConsoleProgress, note
+
+    if adapters:
+        raise UsageError("a cascade has the model that its settings name", "Leave out --adapter.")
+    cascade = Cascade.open(Path(reference), ConsoleProgress())
+    if cascade.stale:
+        note(f"the calibration is stale: {cascade.stale}; the device answers. edgeft cascade tune makes a new one.")
+    return opened_cascade(cascade, lambda author, reason: note(f"[{author}: {reason}]"))
+
+
+def explain(opened: Opened) -> None:
+    """Say on stderr how the last answer of a cascade came about."""
+    import json
+
+    from edgeft.cli._output import note
+
+    record = getattr(opened.session, "record", None)
+    if record is None:
+        raise UsageError("--explain is for cascades", "Give a cascade.toml as the model.")
+    note(json.dumps(record.as_dict(), indent=2, ensure_ascii=False))
 
 
 def _load_options(values: Mapping[str, Any]) -> LoadOptions:

@@ -17,6 +17,7 @@ import click
 from edgeft.chat import Sampling, TokenIds, Usage
 from edgeft.cli._generate import (
     adapter_option,
+    explain,
     open_model,
     parse_adapter,
     run_options,
@@ -65,6 +66,7 @@ Examples:
 @click.option("--resume", is_flag=False, flag_value=LATEST, metavar="[ID]", help="Go on with a stored conversation.")
 @click.option("--list", "list_only", is_flag=True, help="Show stored conversations.")
 @click.option("--search", metavar="WORDS", help="Show stored messages with these words.")
+@click.option("--explain", "explaining", is_flag=True, help="Say how an answer of a cascade came about.")
 @click.option("--no-history", is_flag=True, help="Store nothing.")
 @run_options
 @json_option
@@ -75,6 +77,7 @@ def chat(
     resume: str | None,
     list_only: bool,
     search: str | None,
+    explaining: bool,
     no_history: bool,
     as_json: bool,
     **flags: Any,
@@ -103,7 +106,7 @@ def chat(
         conversation = old or Conversation(_lasting(model), opened.runtime, system_prompt(system, opened), history)
         if old and system is not None:
             conversation.change_system(system or None)
-        return _Chat(opened, conversation, sampling(values), as_json).run()
+        return _Chat(opened, conversation, sampling(values), as_json, explaining=explaining).run()
 
 
 def _lasting(reference: str) -> str:
@@ -166,6 +169,7 @@ class _Chat:
     sampling: Sampling
     as_json: bool
     retries: int = 0
+    explaining: bool = False
 
     def run(self) -> int:
         if sys.stdin.isatty():
@@ -289,6 +293,8 @@ class _Chat:
         else:
             click.echo()
         note(_dim(_summary(usage, self.opened.session.context)))
+        if self.explaining:
+            explain(self.opened)
         if usage.finish_reason == "cancel" and not sys.stdin.isatty():
             raise _Interrupted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,6 +123,8 @@ def probe(out: Path | None, runtime: str, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         note(f"would measure {runtime} and write {file}")
         return
+    if (load := os.getloadavg()[0]) > 0.3 and not as_json:
+        note(f"other programs are at work (load {load:.1f}): the figures will be too low; run it again without them")
     found = measure(runtime, ConsoleProgress())
     write_profile(found, file)
     note(f"{file} written: --device {found.name if out is None else file}")

@@ -13,6 +13,7 @@ import click
 from edgeft.chat import Delta, Usage
 from edgeft.cli._generate import (
     adapter_option,
+    explain,
     open_model,
     parse_adapter,
     run_options,
@@ -46,6 +47,7 @@ Examples:
 @click.option("--json-schema", "schema_file", type=click.Path(path_type=Path), help="Answer with JSON that validates.")
 @adapter_option
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
+@click.option("--explain", "explaining", is_flag=True, help="Say how an answer of a cascade came about.")
 @click.option("--logprobs", type=click.IntRange(0, 100), default=0, help="Alternatives per token, in --json.")
 @run_options
 @json_option
@@ -57,6 +59,7 @@ def run(
     schema_file: Path | None,
     adapters: tuple[str, ...],
     stop: tuple[str, ...],
+    explaining: bool,
     logprobs: int,
     as_json: bool,
     **flags: Any,
@@ -83,7 +86,10 @@ def run(
                 deltas.append(delta)
                 if not as_json:
                     click.echo(delta.text, nl=False)
-        return _finish(model, opened, deltas, as_json)
+        code = _finish(model, opened, deltas, as_json)
+        if explaining:
+            explain(opened)
+        return code
 
 
 def _chat_tokens(opened: Opened, system: str | None, text: str) -> TokenIds:
@@ -106,6 +112,8 @@ def _finish(model: str, opened: Opened, deltas: list[Delta], as_json: bool) -> i
 
 def _result(model: str, opened: Opened, text: str, usage: Usage, deltas: list[Delta]) -> dict[str, Any]:
     result: dict[str, Any] = {"text": text, "model": model, "runtime": opened.runtime, "usage": usage.as_dict()}
+    if (record := getattr(opened.session, "record", None)) is not None:
+        result["cascade"] = record.as_dict()
     logprobs = [_logprobs(opened.session, delta) for delta in deltas if delta.logprob is not None]
     return {**result, "logprobs": logprobs} if logprobs else result
 

@@ -50,7 +50,7 @@ class Seen:
     sweep: Mapping[int, Timing]
     """By threads, all of one type."""
     small: Timing
-    """Of a model with much attention and few weights."""
+    """Of a model with short rows and much attention."""
     timings: Sequence[Timing]
     storage: float | None
     """MB/s."""
@@ -58,8 +58,9 @@ class Seen:
 
 def profile(seen: Seen, facts: Mapping[Shape, ModelFacts]) -> DeviceProfile:
     attention = _attention(seen, facts[seen.small.shape])
-    fixed = Fixed(_overhead(seen, facts), attention.value if attention else None)
-    kernels = tuple(_kernel(timing, seen, facts[timing.shape], fixed) for timing in seen.timings)
+    fixed = Fixed(_overhead(seen, facts, attention), attention.value if attention else None)
+    small_facts = facts[seen.small.shape]
+    kernels = tuple(_kernel(timing, facts[timing.shape], small_facts, seen, fixed) for timing in seen.timings)
     rates = sorted(kernel.decode.value for kernel in kernels)
     plain = [kernel.prefill for kernel in kernels if not kernel.repacked] or [kernels[0].prefill]
     fast = [kernel.prefill for kernel in kernels if kernel.repacked]
@@ -82,7 +83,7 @@ def profile(seen: Seen, facts: Mapping[Shape, ModelFacts]) -> DeviceProfile:
         prefill_repacked=_timed(_median(fast), f"median of {len(fast)} types that are", seen) if fast else None,
         storage=_said(round(seen.storage), "a file read that was not in memory") if seen.storage else None,
         attention=attention,
-        overhead=_timed(fixed.overhead * 1e6, "a model of 32 layers with few weights", seen),
+        overhead=_timed(fixed.overhead * 1e6, "a model with short rows", seen),
         runtime=seen.small.runtime,
         flash_attention=bool(getattr(plugins.load("runtimes", seen.small.runtime), "flash_attention", True)),
         kernels=kernels,
@@ -111,18 +112,22 @@ def _by_threads(seen: Seen) -> str:
     return f"{type_}, GB/s by threads: " + ", ".join(f"{count}: {rate:.1f}" for count, rate in rates.items())
 
 
-def _overhead(seen: Seen, facts: Mapping[Shape, ModelFacts]) -> float:
+def _overhead(seen: Seen, facts: Mapping[Shape, ModelFacts], attention: Figure | None) -> float:
     """Seconds per layer besides its weights, from two models of one type:
 
-        t = bytes / rate + layers x overhead
+        t - attention = bytes / rate + layers x overhead
 
     for the small one and for the large one of its type (for want of it, of the first type).
     """
     small, large = seen.small, seen.timings[0]
     large = next((timing for timing in seen.timings if timing.shape.type == small.shape.type), large)
     share = facts[small.shape].streamed() / facts[large.shape].streamed()
+    alone = Fixed(0.0, attention.value if attention else None)
+    short, long = (
+        timing.seconds - alone.seconds(facts[timing.shape], timing.begun + TOKENS // 2) for timing in (small, large)
+    )
     layers = small.shape.layers - large.shape.layers * share
-    return max((small.seconds - large.seconds * share) / layers, _LEAST_OVERHEAD)
+    return max((short - long * share) / layers, _LEAST_OVERHEAD)
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Fixed:
         return facts.layers * self.overhead + (kept / self.attention / 1e9 if self.attention else 0.0)
 
 
-def _kernel(timing: Timing, seen: Seen, facts: ModelFacts, fixed: Fixed) -> Kernel:
+def _kernel(timing: Timing, facts: ModelFacts, small_facts: ModelFacts, seen: Seen, fixed: Fixed) -> Kernel:
     past = timing.begun + TOKENS // 2
     seconds = max(timing.seconds - fixed.seconds(facts, past), 0.1 * timing.seconds)
     what = f"{facts.bytes / 1e6:.0f} MB"
@@ -147,15 +152,17 @@ def _kernel(timing: Timing, seen: Seen, facts: ModelFacts, fixed: Fixed) -> Kern
         timing.shape.type,
         _timed(facts.streamed() / seconds / 1e9, what, seen),
         _timed(2 * timing.shape.weights * timing.prompt_tps / 1e9, what, seen),
-        _repacked(timing, seen.small),
+        _repacked(timing, facts, seen.small, small_facts),
     )
 
 
-def _repacked(timing: Timing, small: Timing) -> bool:
+def _repacked(timing: Timing, facts: ModelFacts, small: Timing, small_facts: ModelFacts) -> bool:
     """Weights that stay as they are belong to the mapped file, copies to the process."""
     if timing.own_bytes is None or small.own_bytes is None:
         return False
-    return timing.own_bytes - small.own_bytes > 0.5 * timing.shape.bytes
+    own = timing.own_bytes - kv_bytes(facts, timing.context)
+    other = small.own_bytes - kv_bytes(small_facts, small.context)
+    return own - other > 0.5 * timing.shape.bytes
 
 
 def _attention(seen: Seen, facts: ModelFacts) -> Figure | None:

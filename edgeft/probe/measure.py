@@ -20,17 +20,17 @@ from edgeft.device import DeviceProfile
 from edgeft.forecast.find import find_facts
 from edgeft.probe.figures import TOKENS, Seen, Timing, profile
 from edgeft.probe.machine import machine
-from edgeft.probe.synthetic import Shape, sized, thin, write_model
+from edgeft.probe.synthetic import Shape, narrow, sized, write_model
 from edgeft.progress import Progress
 
 TYPES = ("Q4_0", "Q8_0", "F16", "Q4_K", "Q6_K", "Q5_0", "Q5_K", "Q4_1")
 """In order of importance: a slow machine does not get to the last ones."""
 _SIZE = 80_000_000
 """Bytes of weights of each type: as a small model, and more than most last-level caches."""
-_PROMPT, _REPEATS = 128, 2
+_SHORT, _PROMPT, _REPEATS = 16, 128, 2
 _SETTLE = 8
 """Tokens after a prompt that are not counted: threads that computed it are still in the way of those that decode."""
-_PAST = 1024
+_PAST = 512
 _DEADLINE_S = 22.0
 """After so many seconds no further type is begun: the whole takes less than 30."""
 _SETTLED = 0.03
@@ -47,7 +47,7 @@ class Bench:
         self.folder, self.runtime, self._start = folder, runtime, start
 
     def write(self, shape: Shape) -> Path:
-        file = self.folder / f"{shape.type}-{shape.layers}-{shape.width}.gguf"
+        file = self.folder / f"{shape.type}-{shape.layers}-{shape.width}-{shape.vocabulary}.gguf"
         return file if file.exists() else write_model(file, shape)
 
     def time(self, shape: Shape, threads: int, prompts: tuple[int, ...] = (_PROMPT,)) -> Timing:
@@ -97,11 +97,11 @@ def probe(runtime: str, progress: Progress, start: Start = run) -> DeviceProfile
         sweep = _sweep(bench, sized(TYPES[0], size), found.cores)
         threads = _best_threads(sweep)
         progress.advance(1, "threads")
-        small = bench.time(thin(), threads, (16, _PAST))
+        small = bench.time(narrow(), threads, (_SHORT, _PAST))
         progress.advance(1, "small operations")
-        timings = [sweep[threads]]
-        for type_ in TYPES[1:]:
-            if time.monotonic() - began < _DEADLINE_S:
+        timings: list[Timing] = []
+        for type_ in TYPES:
+            if not timings or time.monotonic() - began < _DEADLINE_S:
                 timings.append(bench.time(sized(type_, size), threads))
             progress.advance(1, type_)
         seen = Seen(found, threads, sweep, small, timings, _storage(bench.write(sweep[threads].shape)))
@@ -112,7 +112,7 @@ def probe(runtime: str, progress: Progress, start: Start = run) -> DeviceProfile
 
 def _sweep(bench: Bench, shape: Shape, cores: int) -> Mapping[int, Timing]:
     counts = sorted({1, *(2**power for power in range(1, 8) if 2**power < cores), cores})
-    return {count: bench.time(shape, count) for count in counts}
+    return {count: bench.time(shape, count, (_SHORT,)) for count in counts}
 
 
 def _best_threads(sweep: Mapping[int, Timing]) -> int:

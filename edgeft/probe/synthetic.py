@@ -6,6 +6,7 @@ docs/gguf.md.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import struct
@@ -19,6 +20,8 @@ from edgeft.models.gguf_header import TENSOR_TYPES
 _NUMBERS = {name: (number, weights, size) for number, (name, weights, size) in TENSOR_TYPES.items()}
 _ALIGNMENT = 32
 _UINT32, _FLOAT32, _STRING, _ARRAY, _INT32 = 4, 6, 8, 9, 5
+_NORMAL, _CONTROL = 1, 3
+"""Kinds of tokens (llama.h, llama_token_type)."""
 
 _SCALES: Mapping[str, Sequence[int]] = {
     "F16": (),
@@ -45,6 +48,8 @@ class Shape:
     inner: int = 5632
     heads: int = 32
     kv_heads: int = 8
+    vocabulary: int = 257
+    """All bytes and an end at least."""
 
     @property
     def weights(self) -> int:
@@ -70,7 +75,7 @@ class Shape:
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """Name, (rows, columns) and type."""
-        yield "token_embd.weight", (VOCABULARY, self.width), "F16"
+        yield "token_embd.weight", (self.vocabulary, self.width), "Q8_0"
         yield "output_norm.weight", (self.width,), "F32"
         for layer in range(self.layers):
             for norm in ("attn_norm", "ffn_norm"):
@@ -85,9 +90,10 @@ def sized(type_: str, size: int) -> Shape:
     return Shape(type_, max(1, round(size / one.bytes)))
 
 
-def thin(layers: int = 32) -> Shape:
-    """Much attention and many small operations, few weights."""
-    return Shape("Q8_0", layers, width=256, inner=256, heads=4, kv_heads=4)
+def narrow() -> Shape:
+    """Short rows, many small operations and, next to its weights, much attention: as models of 100 to 500 million
+    weights. The shape is that of SmolLM2-135M's layers."""
+    return Shape("Q8_0", 12, width=576, inner=1536, heads=9, kv_heads=3, vocabulary=32_768)
 
 
 def _byte_characters() -> list[str]:
@@ -97,8 +103,13 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in shown else next(hidden)) for byte in range(256)]
 
 
-TOKENS = [*_byte_characters(), "<|end|>"]
-VOCABULARY = len(TOKENS)
+_BYTES = _byte_characters()
+_END = len(_BYTES)
+
+
+def _tokens(count: int) -> list[str]:
+    """Bytes, the end, and words that no text has, since their merges begin with words."""
+    return [*_BYTES, "<|end|>", *(f"word{at}" for at in range(count - _END - 1))]
 
 
 def write_model(path: Path, shape: Shape) -> Path:
@@ -132,16 +143,19 @@ def _values(shape: Shape) -> dict[str, bytes]:
         "feed_forward_length": shape.inner, "attention.head_count": shape.heads,
         "attention.head_count_kv": shape.kv_heads, "rope.dimension_count": shape.width // shape.heads,
     }  # fmt: skip
+    tokens = _tokens(shape.vocabulary)
+    merges = [_text(f"{first} {second}") for first, second in itertools.pairwise(tokens[_END + 1 :])]
+    types = [_NORMAL] * _END + [_CONTROL] + [_NORMAL] * (len(tokens) - _END - 1)
     text = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
     return {
         **{key: struct.pack("<I", _STRING) + _text(value) for key, value in text.items()},
         **{f"llama.{key}": struct.pack("<II", _UINT32, value) for key, value in numbers.items()},
         "llama.attention.layer_norm_rms_epsilon": struct.pack("<If", _FLOAT32, 1e-5),
-        "tokenizer.ggml.tokens": _array(_STRING, [_text(token) for token in TOKENS]),
-        "tokenizer.ggml.token_type": _array(_INT32, [struct.pack("<i", 1)] * 256 + [struct.pack("<i", 3)]),
-        "tokenizer.ggml.merges": _array(_STRING, [_text(f"{TOKENS[32]} {TOKENS[32]}")] * 0),
-        "tokenizer.ggml.eos_token_id": struct.pack("<II", _UINT32, 256),
-        "tokenizer.ggml.bos_token_id": struct.pack("<II", _UINT32, 256),
+        "tokenizer.ggml.tokens": _array(_STRING, [_text(token) for token in tokens]),
+        "tokenizer.ggml.token_type": _array(_INT32, [struct.pack("<i", type_) for type_ in types]),
+        "tokenizer.ggml.merges": _array(_STRING, merges),
+        "tokenizer.ggml.eos_token_id": struct.pack("<II", _UINT32, _END),
+        "tokenizer.ggml.bos_token_id": struct.pack("<II", _UINT32, _END),
     }
 
 

@@ -1,0 +1,120 @@
+"""What the server adds to the bare runtime: time per decoded token, and time to the first one.
+
+    python benchmarks/serve.py [--json] [--model smollm2-135m] [--rounds 15]
+
+The rival is edgeft's own session in this process, on the same file, runtime and threads, without a server. The two
+take turns, the order changing, each round with a prompt of its own; a round's figure is the ratio of its two decode
+times, or the difference of its two times to the first token, from the request to the first text in the client's hands.
+Rendering the template counts on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from edgeft.chat import Message, Sampling
+from edgeft.models import resolve
+from edgeft.plugins import Session
+from edgeft.sessions import open_session
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from serving import serving
+
+TOKENS = 128
+QUESTION = "Tell me a long story about a lighthouse keeper, the sea and a storm. Begin with the number {}."
+
+
+def bare(session: Session, messages: list[Message]) -> tuple[float, float, int]:
+    """Seconds to the first token, seconds per token after it, and how many there were."""
+    begun, first, last, count = time.perf_counter(), 0.0, 0.0, 0
+    for delta in session.generate(session.render(messages), Sampling(max_tokens=TOKENS)):
+        if delta.token is not None:
+            last = time.perf_counter()
+            first = first or last
+            count += 1
+    return first - begun, (last - first) / (count - 1), count
+
+
+def served(address: str, messages: list[Message]) -> tuple[float, float, int]:
+    body = {"model": "model", "messages": messages, "stream": True, "max_tokens": TOKENS, "temperature": 0}
+    body["stream_options"] = {"include_usage": True}
+    data = json.dumps(body)
+    begun, first, last, count = time.perf_counter(), 0.0, 0.0, 0
+    connection = http.client.HTTPConnection(address)
+    connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+    for line in connection.getresponse():
+        if b'"content":"' in line and b'"content":""' not in line:
+            last = time.perf_counter()
+            first = first or last
+        if b'"usage":{' in line:
+            count = json.loads(line[6:])["usage"]["completion_tokens"]
+    connection.close()
+    return first - begun, (last - first) / (count - 1), count
+
+
+def rounds(address: str, session: Session, count: int) -> list[tuple[tuple[float, float, int], ...]]:
+    results = []
+    for number in range(count + 1):
+        messages: list[Message] = [{"role": "user", "content": QUESTION.format(1000 + number)}]
+        if number % 2:
+            with_server = served(address, messages)
+            without = bare(session, messages)
+        else:
+            without = bare(session, messages)
+            with_server = served(address, messages)
+        results.append((without, with_server))
+    return results[1:]
+
+
+def figures(results: list[tuple[tuple[float, float, int], ...]]) -> dict[str, Any]:
+    ratios = [server[1] / alone[1] for alone, server in results]
+    waits = [(server[0] - alone[0]) * 1000 for alone, server in results]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    early, median, late = statistics.quantiles(waits, n=4)
+    return {
+        "decode_time_ratio": round(middle, 4),
+        "decode_time_ratio_q1": round(low, 4),
+        "decode_time_ratio_q3": round(high, 4),
+        "ttft_added_ms": round(median, 2),
+        "ttft_added_ms_q1": round(early, 2),
+        "ttft_added_ms_q3": round(late, 2),
+        "bare_tokens_per_s": round(1 / statistics.median(alone[1] for alone, _ in results), 1),
+        "served_tokens_per_s": round(1 / statistics.median(server[1] for _, server in results), 1),
+        "bare_ttft_ms": round(statistics.median(alone[0] for alone, _ in results) * 1000, 1),
+        "tokens": min(count for pair in results for *_, count in pair),
+        "rounds": len(results),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one flat object")
+    parser.add_argument("--model", default="smollm2-135m", help="a GGUF file or the name of one")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    file = resolve(arguments.model, want="gguf").path
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(Path(folder), f"model={file}") as server,
+        open_session(str(file)).session as session,
+    ):
+        found = figures(rounds(urlsplit(server.url).netloc, session, arguments.rounds))
+    machine = f"{platform.machine()}, {found['cores']} cores, Python {platform.python_version()}"
+    rows = "\n".join(f"| {name} | {value} |" for name, value in found.items())
+    print(json.dumps(found) if arguments.json else f"{machine}\n\n| figure | value |\n|---|---|\n{rows}")
+
+
+if __name__ == "__main__":
+    main()

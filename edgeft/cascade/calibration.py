@@ -1,0 +1,137 @@
+"""What tuning found out: weights, threshold, and the very model they are for. JSON, nothing that runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeft.errors import CheckFailed, ConfigError
+from edgeft.paths import parse_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    policy: str
+    threshold: float
+    judge_tokens: int
+    artifact: str
+    """SHA-256 of the local model, with its adapters."""
+    names: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+    """One per name, then the constant."""
+    goal: str = ""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def probability(self, features: Mapping[str, float]) -> float:
+        """Logistic regression; a feature far outside what was seen counts as four standard deviations."""
+        total = self.weights[-1]
+        for name, mean, scale, weight in zip(self.names, self.mean, self.scale, self.weights[:-1], strict=True):
+            total += weight * max(-4.0, min(4.0, (features.get(name, mean) - mean) / scale))
+        return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, total))))
+
+    def stale(self, artifact: str, judge_tokens: int) -> str:
+        """Why this calibration does not hold for a model any more; "" when it does."""
+        if self.artifact != artifact:
+            return "the local model, its adapter or its quantization changed"
+        if self.judge_tokens != judge_tokens:
+            return f"it judged {self.judge_tokens} tokens, now {judge_tokens} are judged"
+        return ""
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Raises: ConfigError."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+        lists = {name: tuple(value[name]) for name in ("names", "mean", "scale", "weights")}
+        found = Calibration(**{**value, **lists})
+        numbers = (found.threshold, *found.mean, *found.scale, *found.weights)
+        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+            raise ValueError("a number in it is none")
+        if found.weights and len(found.weights) != len(found.names) + 1:
+            raise ValueError("weights and names do not belong together")
+        return found
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is not a calibration: {error}", "edgeft cascade tune writes one.") from error
+
+
+def fit_logistic(
+    rows: Sequence[Mapping[str, float]], target: Sequence[bool], ridge: float = 3.0
+) -> tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """Ridge logistic regression by Newton's method on standardized features.
+
+    Returns:
+        names, mean, scale and weights as in `Calibration`.
+    """
+    import numpy as np
+
+    names = tuple(rows[0])
+    table = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)
+    mean, scale = table.mean(0), table.std(0)
+    scale[scale < 1e-9] = 1.0
+    inputs = np.hstack([np.clip((table - mean) / scale, -4, 4), np.ones((len(rows), 1))])
+    weights = _newton(inputs, np.array(target, dtype=np.float64), ridge)
+    return names, tuple(mean.tolist()), tuple(scale.tolist()), tuple(weights.tolist())
+
+
+def _newton(inputs: NDArray[np.float64], target: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
+    import numpy as np
+
+    weights = np.zeros(inputs.shape[1])
+    penalty = np.full(inputs.shape[1], ridge)
+    penalty[-1] = 1e-3  # the constant is free, but finite where only one class was seen
+    for _ in range(50):
+        probability = 1 / (1 + np.exp(-np.clip(inputs @ weights, -30, 30)))
+        gradient = inputs.T @ (probability - target) + penalty * weights
+        curvature = (inputs * (probability * (1 - probability))[:, None]).T @ inputs + np.diag(penalty)
+        step = np.linalg.solve(curvature, gradient)
+        weights = weights - np.clip(step, -5, 5)
+        if float(np.abs(step).max()) < 1e-8:
+            break
+    return weights
+
+
+def conformal_threshold(risk: Sequence[float], loss: Sequence[bool], alpha: float) -> float:
+    """The loosest threshold whose expected loss is at most `alpha`: conformal risk control.
+
+    Angelopoulos et al. 2024 (arXiv 2208.02814): with L(t) = mean of loss over the answers kept at t, which rises
+    with t, any t with (n L(t) + 1) / (n + 1) <= alpha keeps E[loss of a new answer] <= alpha.
+
+    Args:
+        risk: of each calibration answer; kept when at most the threshold.
+        loss: whether keeping it is a loss: the device was wrong and the cloud was right.
+
+    Raises:
+        CheckFailed: alpha is below 1 / (n + 1), which no threshold can promise with n answers.
+    """
+    count = len(risk)
+    bound = 1 / (count + 1)
+    if alpha < bound:
+        raise CheckFailed(
+            f"a risk of {alpha:g} cannot be promised with {count} calibration answers: the bound is {bound:.4g}",
+            f"Give at least {math.ceil(1 / alpha) - 1 if alpha > 0 else 'infinitely many'} answers, or a higher risk.",
+        )
+    best, lost = math.nextafter(min(risk), -math.inf), 0
+    ordered = sorted(zip(risk, loss, strict=True))
+    for position, (value, bad) in enumerate(ordered):
+        lost += bad
+        last_of_ties = position + 1 == count or ordered[position + 1][0] > value
+        if (lost + 1) / (count + 1) > alpha:
+            break
+        if last_of_ties:
+            best = value
+    return best

@@ -1,0 +1,308 @@
+"""One answer after another: from the device where it is good enough, else from the cloud where it may be asked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgeft.artifact import digest_of
+from edgeft.cascade.audit import AuditLog
+from edgeft.cascade.budget import Budget
+from edgeft.cascade.cache import AnswerCache
+from edgeft.cascade.calibration import Calibration, read_calibration
+from edgeft.cascade.cloud import Clouds, Unanswered
+from edgeft.cascade.device import DeviceAnswer, p_true, samples
+from edgeft.cascade.policies import Evidence, Policy, make_policy
+from edgeft.cascade.privacy import Guard
+from edgeft.cascade.settings import PolicySettings, Settings, read_settings
+from edgeft.cascade.types import LOCAL, CascadeDelta, Record
+from edgeft.chat import Cancel, Message, Sampling
+from edgeft.errors import EdgeftError, Unreachable
+from edgeft.plugins import LoadOptions
+from edgeft.progress import Progress
+from edgeft.sessions import Opened, open_session
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+class Cascade:
+    """A local model and its endpoints. Any thread may ask; the device answers one at a time."""
+
+    def __init__(self, settings: Settings, opened: Opened) -> None:
+        """Takes over the session. Raises: ConfigError, MissingDependency, WriteError."""
+        self.settings, self.opened = settings, opened
+        self.guard = Guard(settings.privacy)
+        self.budget = Budget(settings.budget, settings.spending_file)
+        self.audit = AuditLog(settings.audit_file, settings.audit)
+        self.clouds = Clouds(settings, self.budget, self.guard)
+        self.cache = AnswerCache(settings.cache)
+        self.device = threading.Lock()
+        self.stale = ""
+        """Why the calibration does not hold; the device then answers unless it cannot."""
+        self.policy, self.threshold = self._calibrated()
+
+    @classmethod
+    def open(cls, path: Path, progress: Progress | None = None, *, calibrated: bool = True) -> Cascade:
+        """A cascade by its settings.
+
+        Args:
+            calibrated: False leaves the calibration aside, which is about to be made.
+
+        Raises:
+            ConfigError; what `open_session` raises.
+        """
+        settings = read_settings(path)
+        if not calibrated:
+            kept = dataclasses.replace(settings.policy, kind="on-error", calibration="")
+            settings = dataclasses.replace(settings, policy=kept)
+        local = settings.local
+        options = LoadOptions(context=local.context or None, threads=local.threads or None)
+        beside = settings.beside(local.model)
+        opened = open_session(str(beside) if beside.exists() else local.model, local.runtime, options, progress)
+        try:
+            return cls(settings, opened)
+        except BaseException:
+            opened.session.close()
+            raise
+
+    def _calibrated(self) -> tuple[Policy, float]:
+        policy = self.settings.policy
+        calibration: Calibration | None = None
+        if policy.calibration:
+            calibration = read_calibration(self.settings.beside(policy.calibration))
+            self.stale = calibration.stale(self.artifact_digest(), policy.judge_tokens)
+            if not self.stale and calibration.policy != policy.kind:
+                self.stale = f"it is for the policy {calibration.policy}, not {policy.kind}"
+        if self.stale:
+            return make_policy(PolicySettings(kind="on-error"), None), 0.0
+        return make_policy(policy, calibration), calibration.threshold if calibration else policy.threshold
+
+    def artifact_digest(self) -> str:
+        """Hex SHA-256 of the local model; of model and adapters where there are some."""
+        digests = [digest_of(each.path) + f"*{each.scale}" for each in self.opened.adapters]
+        path = self.opened.artifact.path
+        own = digest_of(path) if path.exists() else hashlib.sha256(str(path).encode()).hexdigest()
+        return hashlib.sha256("\n".join([own, *digests]).encode()).hexdigest() if digests else own
+
+    def __enter__(self) -> Cascade:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.clouds.close()
+        with self.device:
+            self.opened.session.close()
+        self.audit.close()
+        self.budget.close()
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling | None = None,
+        cancel: Cancel | None = None,
+        tools: Tools | None = None,
+    ) -> Iterator[CascadeDelta]:
+        """Stream one answer; the last delta has the record. It may be left at any point.
+
+        Raises:
+            EdgeftError: neither the device nor the cloud could answer; the audit log has it as refused.
+        """
+        turn = _Turn(self, messages, sampling or Sampling(), Cancel() if cancel is None else cancel, tools)
+        record, began = turn.record, time.monotonic()
+        record.finish = "cancel"  # until it ends in another way
+        try:
+            for delta in turn.deltas():
+                if delta.text:
+                    if record.ttft_ms is None:
+                        record.ttft_ms = round(1000 * (time.monotonic() - began), 1)
+                    record.author = delta.author
+                    if record.authors[-1:] != [delta.author]:
+                        record.authors.append(delta.author)
+                yield delta
+        except EdgeftError as error:
+            record.finish, record.error = "refused", error.message
+            raise
+        finally:
+            record.total_ms = round(1000 * (time.monotonic() - began), 1)
+            self.audit.add(record)
+        yield CascadeDelta("", record.author, record=record)
+
+
+class _Turn:
+    """One request on its way."""
+
+    def __init__(
+        self, cascade: Cascade, messages: Sequence[Message], sampling: Sampling, cancel: Cancel, tools: Tools | None
+    ) -> None:
+        self.cascade, self.messages, self.sampling, self.cancel, self.tools = cascade, messages, sampling, cancel, tools
+        self.record = Record(uuid.uuid4().hex, time.time())
+
+    def deltas(self) -> Iterator[CascadeDelta]:
+        cascade, kind = self.cascade, self.cascade.policy.name
+        pinned = cascade.guard.pinned(self.messages) or ("tools are the device's" if self.tools else "")
+        if pinned:
+            yield from self._from_device(f"stays on the device: {pinned}")
+        elif kind == "cloud-only":
+            yield from self._from_cloud("cloud only", None)
+        elif kind in ("local-only", "on-error") or cascade.settings.policy.judge_tokens == 0:
+            yield from self._unjudged(f"stale calibration: {cascade.stale}" if cascade.stale else kind)
+        else:
+            yield from self._judged()
+
+    # --- The device ---------------------------------------------------------------
+
+    def _from_device(self, reason: str, restart: bool = False, prefix: str = "") -> Iterator[CascadeDelta]:
+        """The device's answer as it is made; with `prefix`, what follows on it."""
+        self.record.reason = reason
+        with contextlib.closing(self._device_answer(prefix)) as answer:
+            for text in answer.texts():
+                yield CascadeDelta(text, LOCAL, reason, restart)
+                reason, restart = "", False
+        self._ended(answer)
+
+    def _device_answer(self, prefix: str = "") -> DeviceAnswer:
+        cascade = self.cascade
+        return DeviceAnswer(
+            cascade.device, cascade.opened.session, self.messages, self.sampling, self.cancel, self.tools, prefix
+        )
+
+    def _ended(self, answer: DeviceAnswer) -> None:
+        usage, record = answer.usage, self.record
+        record.local_tokens += answer.count
+        if usage is not None:
+            record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+            record.finish = usage.finish_reason
+        if record.confidence is None:
+            record.confidence = answer.confidence
+
+    def _unjudged(self, reason: str) -> Iterator[CascadeDelta]:
+        shown = False
+        try:
+            for delta in self._from_device(reason):
+                shown = shown or bool(delta.text)
+                yield delta
+        except EdgeftError as error:
+            if shown or self.cascade.policy.name == "local-only":
+                raise
+            yield from self._from_cloud(f"the device could not: {type(error).__name__}", None, error)
+
+    def _judged(self) -> Iterator[CascadeDelta]:
+        limit = self.cascade.settings.policy.judge_tokens
+        error: EdgeftError | None = None
+        buffer, whole, reason = "", False, ""
+        with contextlib.closing(self._device_answer()) as answer:
+            try:
+                buffer = answer.read(limit)
+                whole = answer.usage is not None
+                keep, reason = self._keeps(answer, buffer)
+            except EdgeftError as raised:
+                keep, error, reason = False, raised, f"the device could not: {type(raised).__name__}"
+            if keep or (self.cancel and error is None):
+                self.record.reason = reason
+                yield CascadeDelta(buffer, LOCAL, reason)
+                for text in answer.texts():
+                    yield CascadeDelta(text)
+                self._ended(answer)
+                return
+        self._ended(answer)
+        yield from self._from_cloud(reason, buffer if whole else None, error)
+
+    def _keeps(self, answer: DeviceAnswer, text: str) -> tuple[bool, str]:
+        cascade, record = self.cascade, self.record
+        record.features = answer.features()
+        record.confidence = answer.confidence
+        if not answer.tokens and not cascade.policy.extra:
+            return True, "the runtime gives no probabilities"
+        evidence = self._evidence(answer, text)
+        risk = cascade.policy.risk(evidence)
+        record.risk, record.threshold = risk, cascade.threshold
+        keep = risk <= cascade.threshold
+        return keep, f"{cascade.policy.name}: risk {risk:.3g} {'at most' if keep else 'above'} {cascade.threshold:.3g}"
+
+    def _evidence(self, answer: DeviceAnswer, text: str) -> Evidence:
+        evidence = Evidence(text, answer.tokens, answer.features())
+        session, extra = self.cascade.opened.session, self.cascade.policy.extra
+        if extra == "samples":
+            count = self.cascade.settings.policy.samples
+            return dataclasses.replace(
+                evidence, samples=samples(session, self.messages, self.sampling, count, self.cancel)
+            )
+        if extra == "p-true":
+            return dataclasses.replace(evidence, p_true=p_true(session, self.messages, text, self.cancel))
+        return evidence
+
+    # --- The cloud ------------------------------------------------------------------
+
+    def _from_cloud(self, reason: str, kept: str | None, error: EdgeftError | None = None) -> Iterator[CascadeDelta]:
+        """The cloud's answer, or the device's where none comes.
+
+        Args:
+            kept: the device's whole answer, when it has one already; `error`: why it can have none.
+        """
+        if (found := self.cascade.cache.get(self._key())) is not None:
+            author, text = found
+            self.record.reason, self.record.cached, self.record.finish = f"{reason}; from the cache", True, "stop"
+            yield CascadeDelta(text, author, self.record.reason)
+            return
+        shown, said, author = "", reason, ""
+        self.record.reason = reason
+        try:
+            pieces = self.cascade.clouds.ask(self.messages, self.sampling, self.cancel, self.record)
+            with contextlib.closing(pieces):  # type: ignore[type-var]
+                for author, text in pieces:
+                    yield CascadeDelta(text, author, said)
+                    shown, said = shown + text, ""
+            if shown and not self.cancel:
+                self.cascade.cache.put(self._key(), author, shown)
+        except Unanswered as failure:
+            if not self.cancel:
+                yield from self._instead(failure, reason, kept, shown, error)
+
+    def _instead(
+        self, failure: Unanswered, reason: str, kept: str | None, shown: str, error: EdgeftError | None
+    ) -> Iterator[CascadeDelta]:
+        why = f"{reason}; the cloud did not answer ({failure.outcome})"
+        if shown:
+            yield from self._broken(failure, reason, kept, shown)
+        elif error is not None:
+            raise Unreachable(
+                f"no answer: {error.message}; the cloud did not answer ({failure.outcome})", error.hint
+            ) from error
+        elif kept is not None:
+            self.record.reason = why
+            yield CascadeDelta(kept, LOCAL, why)
+        else:
+            yield from self._from_device(why)
+
+    def _broken(self, failure: Unanswered, reason: str, kept: str | None, shown: str) -> Iterator[CascadeDelta]:
+        """The cloud broke off after text was shown: what the settings say happens, and is said."""
+        mode = self.cascade.settings.policy.mid_stream
+        why = f"{reason}; the cloud broke off ({failure.outcome})"
+        if mode == "stop":
+            self.record.reason, self.record.finish, self.record.error = why, "broken", failure.outcome
+            yield CascadeDelta("", reason=why)
+        elif mode == "restart-locally" and kept is not None:
+            self.record.reason = why
+            yield CascadeDelta(kept, LOCAL, why, restart=True)
+        else:
+            restart = mode == "restart-locally"
+            try:
+                yield from self._from_device(why, restart, "" if restart else shown)
+            except EdgeftError as error:
+                self.record.finish, self.record.error = "broken", f"{failure.outcome}; {error.message}"
+                yield CascadeDelta("", reason=f"{why}; the device could not go on")
+
+    def _key(self) -> str:
+        """Of the cache: the request itself, down to the seed."""
+        request = [[dict(message) for message in self.messages], dataclasses.asdict(self.sampling)]
+        return hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode("utf-8", "replace")).hexdigest()

@@ -1,0 +1,125 @@
+"""Fitting a policy to the very model that ships, and choosing its threshold for a stated goal."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edgeft.cascade.answers import Case
+from edgeft.cascade.calibration import Calibration, conformal_threshold, fit_logistic
+from edgeft.cascade.policies import Evidence, Policy, make_policy
+from edgeft.cascade.settings import PolicySettings
+from edgeft.errors import CheckFailed, DataError, UsageError
+
+TUNABLE = ("learned", "quantile", "margin", "entropy")
+_FEWEST = 20
+
+
+@dataclass(frozen=True)
+class Goal:
+    """quality: share of the cloud's quality to keep at least cost; cost: mean per request; risk: of a wrong answer."""
+
+    kind: Literal["quality", "cost", "risk"]
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value:g}"
+
+
+def parse_goal(text: str) -> Goal:
+    """Raises: UsageError."""
+    kind, _, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if kind == "quality" and 0 < number <= 1:
+        return Goal("quality", number)
+    if kind == "cost" and 0 <= number < math.inf:
+        return Goal("cost", number)
+    if kind == "risk" and 0 < number < 1:
+        return Goal("risk", number)
+    raise UsageError(f"{text!r} is no goal", "quality=0.95, cost=0.0005 or risk=0.05.")
+
+
+def halves(cases: Sequence[Case], salt: str = "") -> tuple[list[Case], list[Case]]:
+    """For fitting and for the threshold, by a hash of the example: the same halves every time."""
+    sides: tuple[list[Case], list[Case]] = ([], [])
+    for case in cases:
+        sides[hashlib.sha256((salt + case.key).encode()).digest()[0] % 2].append(case)
+    return sides
+
+
+def tune(
+    cases: Sequence[Case], settings: PolicySettings, kind: str, goal: Goal, artifact: str, salt: str = ""
+) -> Calibration:
+    """A calibration for one policy.
+
+    Raises:
+        DataError: too few cases.
+        CheckFailed: no threshold meets the goal; the message has the bound.
+    """
+    fit, hold = halves(cases, salt)
+    if len(fit) < _FEWEST or len(hold) < _FEWEST:
+        raise DataError(f"{len(cases)} answered examples are too few", f"Give at least {4 * _FEWEST}.")
+    parts = fitted(fit) if kind == "learned" else {}
+    draft = Calibration(kind, 0.0, settings.judge_tokens, artifact, goal=str(goal), **parts)
+    risk = risks(policy_for(settings, kind, draft), hold)
+    threshold = choose(risk, hold, goal)
+    measured = outcome(risk, hold, threshold)
+    return Calibration(kind, threshold, settings.judge_tokens, artifact, goal=str(goal), measured=measured, **parts)
+
+
+def fitted(cases: Sequence[Case]) -> dict[str, Any]:
+    """Weights for the target "local wrong and cloud right", not "local wrong": see docs/cascade.md."""
+    target = [case.cloud_right and not case.local_right for case in cases]
+    names, mean, scale, weights = fit_logistic([case.features for case in cases], target)
+    return {"names": names, "mean": mean, "scale": scale, "weights": weights}
+
+
+def policy_for(settings: PolicySettings, kind: str, calibration: Calibration | None = None) -> Policy:
+    import dataclasses
+
+    return make_policy(dataclasses.replace(settings, kind=kind), calibration)
+
+
+def risks(policy: Policy, cases: Sequence[Case]) -> list[float]:
+    return [policy.risk(Evidence("", case.tokens, case.features)) for case in cases]
+
+
+def choose(risk: Sequence[float], cases: Sequence[Case], goal: Goal) -> float:
+    """The threshold for a goal. Raises: CheckFailed."""
+    if goal.kind == "risk":
+        return conformal_threshold(risk, [case.cloud_right and not case.local_right for case in cases], goal.value)
+    below = math.nextafter(min(risk), -math.inf)
+    candidates = sorted({*risk, below}, reverse=True)  # from keeping all to deferring all
+    if goal.kind == "quality":
+        wanted = goal.value * sum(case.cloud_right for case in cases) / len(cases)
+        for threshold in candidates:
+            if outcome(risk, cases, threshold)["quality"] >= wanted - 1e-12:
+                return threshold
+        raise CheckFailed(f"no threshold reaches a quality of {wanted:.3f}")
+    affordable = [one for one in candidates if outcome(risk, cases, one)["cost"] <= goal.value + 1e-15]
+    return min(affordable)  # deferring nothing costs nothing, so there is one
+
+
+def outcome(risk: Sequence[float], cases: Sequence[Case], threshold: float) -> dict[str, float]:
+    """Quality, share of deferred answers, mean cost per request and share of harmfully kept answers."""
+    count = len(cases)
+    deferred = [value > threshold for value in risk]
+    right = sum(case.cloud_right if away else case.local_right for case, away in zip(cases, deferred, strict=True))
+    lost = sum(
+        case.cloud_right and not case.local_right and not away for case, away in zip(cases, deferred, strict=True)
+    )
+    return {
+        "examples": count,
+        "quality": right / count,
+        "local_quality": sum(case.local_right for case in cases) / count,
+        "cloud_quality": sum(case.cloud_right for case in cases) / count,
+        "deferred": sum(deferred) / count,
+        "cost": sum(case.cost for case, away in zip(cases, deferred, strict=True) if away) / count,
+        "kept_wrong": lost / count,
+    }

@@ -1,0 +1,37 @@
+"""A llama-server program for machines that have none: llama.cpp's server out of xllamacpp, behind the same flags."""
+
+import argparse
+import os
+import signal
+
+import xllamacpp
+
+parser = argparse.ArgumentParser()
+for flag in ("model", "host"):
+    parser.add_argument(f"--{flag}")
+for flag in ("port", "ctx-size", "threads", "threads-batch", "batch-size", "ubatch-size", "parallel"):
+    parser.add_argument(f"--{flag}", type=int)
+parser.add_argument("--no-mmap", action="store_true")
+parser.add_argument("--lora-scaled", action="append", default=[])
+asked = parser.parse_args()
+
+params = xllamacpp.CommonParams()
+params.model.path = asked.model
+params.hostnames = [asked.host]
+params.port = asked.port
+params.n_ctx = asked.ctx_size
+params.cpuparams.n_threads = asked.threads
+params.cpuparams_batch.n_threads = asked.threads_batch
+params.n_batch = asked.batch_size
+params.n_ubatch = asked.ubatch_size
+params.n_parallel = asked.parallel
+params.endpoint_props = True
+if key := os.environ.get("LLAMA_API_KEY"):
+    params.api_keys = [key]
+for path, scale in (text.rsplit(":", 1) for text in asked.lora_scaled):
+    adapter = xllamacpp.CommonAdapterLoraInfo(path, float(scale))
+    params.lora_adapters = [*params.lora_adapters, adapter]
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+signal.pause()

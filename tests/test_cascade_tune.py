@@ -1,0 +1,173 @@
+"""Tuning: both sides are asked once, costs are capped beforehand, goals are met or refused with the bound."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty_cloud import FaultyCloud, faulty_cloud
+
+from edgeft.cascade.answers import Case, is_right
+from edgeft.cascade.metrics import curve, interval, resampled
+from edgeft.cascade.settings import PolicySettings, read_settings
+from edgeft.cascade.tune import Goal, outcome, policy_for, risks, tune
+from edgeft.cli._cascade_tune import with_policy
+from edgeft.cli.main import main
+
+
+def cases(count: int, seed: int) -> list[Case]:
+    """Answers of which the device gets those right that have no digits; the cloud gets nearly all right."""
+    choose = random.Random(seed)
+    found = []
+    for number in range(count):
+        hard = choose.random() < 0.5
+        local, cloud = choose.random() < (0.2 if hard else 0.9), choose.random() < 0.95
+        features = {"prompt_digits": choose.gauss(1.0 if hard else 0.0, 0.4), "logprob_mean": choose.gauss(-1, 1)}
+        found.append(Case(f"{seed}-{number}", features, (), local, cloud, 0.01))
+    return found
+
+
+def columns(found: list[Case]) -> Any:
+    import numpy as np
+
+    return [np.array([float(getattr(case, name)) for case in found]) for name in ("local_right", "cloud_right", "cost")]
+
+
+def test_learning_beats_confidence_where_confidence_says_nothing() -> None:
+    import numpy as np
+
+    settings = PolicySettings()
+    found = tune(cases(600, 0), settings, "learned", Goal("quality", 0.95), "x")
+    unseen = cases(600, 1)
+    local, cloud, cost = columns(unseen)
+    rows = {
+        "learned": np.array(risks(policy_for(settings, "learned", found), unseen)),
+        "confidence": np.array([-case.features["logprob_mean"] for case in unseen]),
+    }
+    again = resampled(rows, local, cloud, cost, rounds=200)
+    low, _ = interval([one - other for one, other in zip(again["learned"], again["confidence"], strict=True)])
+    assert low > 0.1
+    reached = outcome(rows["learned"].tolist(), unseen, found.threshold)
+    assert reached["quality"] > 0.9 * reached["cloud_quality"] and reached["deferred"] < 0.9
+
+
+def test_the_curve_of_chance_is_a_line_and_the_oracles_is_the_best() -> None:
+    import numpy as np
+
+    local, cloud, cost = columns(cases(400, 2))
+    chance = curve(np.zeros(400), local, cloud, cost)
+    oracle = curve(cloud - local, local, cloud, cost)
+    assert chance.apgr == pytest.approx(0.5) and oracle.apgr > 0.8
+    assert chance.reaching(0.8) == pytest.approx((0.8, 0.008))
+    assert oracle.reaching(0.8)[0] < 0.5
+
+
+def test_a_certified_risk_holds_in_nearly_all_resplits() -> None:
+    settings = PolicySettings()
+    everyone = cases(3000, 4)
+    kept = []
+    for round_ in range(60):
+        random.Random(round_).shuffle(everyone)
+        found = tune(everyone[:600], settings, "learned", Goal("risk", 0.1), "x", str(round_))
+        unseen = everyone[600:]
+        kept.append(
+            outcome(risks(policy_for(settings, "learned", found), unseen), unseen, found.threshold)["kept_wrong"]
+        )
+    assert sum(kept) / len(kept) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "judge", "right"),
+    [
+        ("Paris", " Paris\n", "auto", True),
+        ('{"a": 1, "b": true}', '{"b":true,"a":1}', "auto", True),
+        ('{"a": 1}', '{"a": true}', "auto", False),
+        ('{"a": 1, "b": 2}', '{"b":2,"a":1}', "exact", False),
+        ("Paris", "It is paris.", "contains", True),
+    ],
+)
+def test_what_is_right(expected: str, answer: str, judge: str, right: bool) -> None:
+    assert is_right(expected, answer, judge) == right
+
+
+def test_settings_keep_their_comments_when_the_policy_changes() -> None:
+    text = '# top\n[policy]\nkind = "quantile"  # why\n# calibration = "c.json"\n[budget]\nday-money = 1.0\n'
+    changed = with_policy(text, "learned", "k.json")
+    assert changed == '# top\n[policy]\nkind = "learned"  # why\ncalibration = "k.json"\n[budget]\nday-money = 1.0\n'
+
+
+# --- On the command line -------------------------------------------------------------------
+
+
+def right_answers(asked: dict[str, Any]) -> list[str]:
+    return ["yes" if "?" in asked["messages"][-1]["content"] else "no"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A device that says "no" to everything; the right answer to what has a question mark is "yes"."""
+    (tmp_path / "a.echo.json").write_text('{"default": "no"}')
+    with (tmp_path / "data.jsonl").open("w") as stream:
+        for number in range(300):
+            asked, answer = (f"is it {number}?", "yes") if number % 3 else (f"it is {number}", "no")
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            stream.write(json.dumps({"messages": turns}) + "\n")
+    return tmp_path
+
+
+def settings_for(folder: Path, cloud: FaultyCloud) -> str:
+    cloud.answer = right_answers
+    path = folder / "c.toml"
+    path.write_text(
+        f'[local]\nmodel = "a.echo.json"\n[[cloud]]\nname = "big"\nurl = "{cloud.url}"\nmodel = "m"\n'
+        'price-in = 0.001\nprice-out = 0.002\n[policy]\nkind = "on-error"\n[audit]\nfile = "audit.sqlite"\n'
+    )
+    return str(path)
+
+
+def test_tune_then_report_then_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = str(folder / "data.jsonl")
+    with faulty_cloud("good") as cloud:
+        path = settings_for(folder, cloud)
+        assert main(["cascade", "tune", path, "--data", data, "--max-tokens", "8"]) == 2  # costs money
+        assert main(["cascade", "tune", path, "--data", data, "--max-cost", "0.0001"]) == 5
+        assert main(["cascade", "tune", path, "--data", data, "--dry-run", "--json"]) == 0
+        assert not cloud.wire
+        capsys.readouterr()
+        tuning = ["cascade", "tune", path, "--data", data, "--max-tokens", "8", "--max-cost", "1", "--json"]
+        assert main(tuning) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["quality"] >= 0.95 and found["deferred"] == pytest.approx(2 / 3, abs=0.1)
+        asked = len(cloud.wire)
+        assert main([*tuning, "--goal", "risk=0.001"]) == 5
+        assert len(cloud.wire) == asked  # nothing is paid for twice
+        pictures = ["--png", str(folder / "r.png"), "--html", str(folder / "r.html")]
+        report = ["cascade", "report", path, "--data", data, "--max-tokens", "8", "--max-cost", "1", *pictures]
+        assert main(report) == 0
+        assert (folder / "r.png").read_bytes()[1:4] == b"PNG" and "APGR" in (folder / "r.html").read_text()
+        assert "% deferred" in capsys.readouterr().out
+        assert main(["run", path, "is it new?"]) == 0
+        assert capsys.readouterr().out == "yes\n"
+        assert main(["run", path, "it is new"]) == 0
+        assert capsys.readouterr().out == "no\n"
+    (folder / "a.echo.json").write_text('{"default": "no", "delay_ms": 0}')
+    assert main(["run", path, "is it new?"]) == 0
+    assert "stale" in capsys.readouterr().err
+
+
+def test_a_cloud_that_goes_away_while_tuning_loses_nothing(folder: Path) -> None:
+    data = str(folder / "data.jsonl")
+    with faulty_cloud("good") as cloud:
+        path = settings_for(folder, cloud)
+        cloud.answer = lambda asked: right_answers(asked) if len(cloud.wire) <= 40 else [""]
+        tuning = ["cascade", "tune", path, "--data", data, "--max-tokens", "8", "--max-cost", "1"]
+        assert main(tuning) == 4
+        before = len(cloud.wire)
+        kept = (folder / "c.answers.jsonl").read_text().count('"cost"')
+        cloud.answer = right_answers
+        assert kept == 40 and main(tuning) == 0
+        assert len(cloud.wire) - before < 300 - 40
+    assert read_settings(Path(path)).policy.kind == "learned"
