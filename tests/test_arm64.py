@@ -115,7 +115,7 @@ def _said(command: list[object], **options: object) -> str:
 def inside(debian: Path, *command: object, cpu: str = "cortex-a76") -> subprocess.CompletedProcess[str]:
     """Run as an ordinary user of the arm64 system, in a network namespace with nothing but a loopback that is down."""
     words = ["unshare", "--net", "chroot", f"--userspec={_USER}:{_USER}", debian]
-    environment = {"PATH": "/usr/bin", "HOME": "/home/pi", "QEMU_CPU": cpu, "LANG": "C.UTF-8"}
+    environment = {"PATH": "/usr/bin:/usr/sbin", "HOME": "/home/pi", "QEMU_CPU": cpu, "LANG": "C.UTF-8"}
     return subprocess.run(
         [*map(str, words), *map(str, command)],
         env=environment,
