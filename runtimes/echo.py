@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edgeft.artifact import Artifact
@@ -31,6 +30,7 @@ from edgeft.errors import ModelError, UsageError
 from edgeft.paths import parse_json
 from edgeft.plugins import AdapterScale, LoadOptions, Session, Support
 
+from .session_base import ClosingSession, check_score
 from .text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class EchoRuntime:
         return EchoSession(read_script(artifact.path), options.context or DEFAULT_CONTEXT)
 
 
-class EchoSession:
+class EchoSession(ClosingSession):
     """A session without a model."""
 
     vocabulary = VOCABULARY
@@ -98,14 +98,6 @@ class EchoSession:
         self._cached: TokenIds = []
         self._closed = False
         self._turn = 0
-
-    def __enter__(self) -> EchoSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._closed = True
@@ -206,10 +198,7 @@ class EchoSession:
         import numpy as np
 
         self._alive()
-        if not 0 <= start < len(tokens):
-            raise UsageError(f"nothing to score: start {start} of {len(tokens)} tokens")
-        if len(tokens) > self.context:
-            raise ModelError(f"{len(tokens)} tokens to score; the context holds {self.context}")
+        check_score(len(tokens), start, self.context)
         self._reuse(tokens, start)
         return np.full((len(tokens) - start, VOCABULARY), LOGPROB, np.float32)
 

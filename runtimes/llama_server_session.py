@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeft.chat import Cancel, ChatTemplate, Delta, FinishReason, Message, Sampling, TokenIds, Usage
@@ -15,6 +14,7 @@ from edgeft.models.gguf_header import read_header
 from edgeft.plugins import AdapterScale
 
 from .openai_client import ChatClient
+from .session_base import ClosingSession
 from .text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Process(Protocol):
     def stop(self) -> None: ...
 
 
-class LlamaServerSession:
+class LlamaServerSession(ClosingSession):
     """One model on one server; `process` when that server is ours."""
 
     def __init__(self, client: ChatClient, path: Path, process: Process | None = None) -> None:
@@ -48,14 +48,6 @@ class LlamaServerSession:
         meta = client.get("/v1/models")["data"][0].get("meta") or {}
         self.vocabulary = int(meta.get("n_vocab") or 0)
         self._first: TokenIds = self._tokens("", special=False, add=True)
-
-    def __enter__(self) -> LlamaServerSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         if self._client is not None:

@@ -9,7 +9,6 @@ import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edgeft.chat import Cancel, ChatTemplate, Delta, FinishReason, Message, Sampling, TokenIds, Usage
@@ -23,6 +22,7 @@ from .cores import available_cores, physical_cores
 from .json_grammar import schema_to_grammar
 from .llama_api import Batch, Library, SamplerChainParams, Token, abort_function
 from .memory import available_bytes
+from .session_base import ClosingSession, check_score
 from .text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _COMPOSING = frozenset({"qwen2", "qwen35"})
 """Pre-tokenizers whose models compose characters (Unicode NFC) before they split; llama.cpp leaves that out."""
 
 
-class LlamaSession:
+class LlamaSession(ClosingSession):
     """One model, one context, one sequence whose keys and values are kept between calls."""
 
     def __init__(self, library: Library, path: Path, options: LoadOptions, flash_attention: bool = True) -> None:
@@ -57,14 +57,6 @@ class LlamaSession:
         self.context = int(library.llama_n_ctx(self._ctx))
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocab))
         self._batch = options.batch
-
-    def __enter__(self) -> LlamaSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the model and everything that belongs to it. Calling it again does nothing."""
@@ -307,10 +299,7 @@ class LlamaSession:
         import numpy as np
 
         self._alive()
-        if not 0 <= start < len(tokens):
-            raise UsageError(f"nothing to score: start {start} of {len(tokens)} tokens")
-        if len(tokens) > self.context:
-            raise ModelError(f"{len(tokens)} tokens to score; the context holds {self.context}")
+        check_score(len(tokens), start, self.context)
         result = np.empty((len(tokens) - start, self.vocabulary), np.float32)
         reused = self._reuse(tokens, start)
         self._prefill(tokens[:start], reused)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeft.artifact import Artifact
@@ -21,6 +21,7 @@ from edgeft.plugins import AdapterScale, LoadOptions, Session, Support
 from .hf_text import HfText
 from .memory import available_bytes
 from .sampler import Sampler, log_softmax, token_logprobs
+from .session_base import ClosingSession, check_score
 from .text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class OnnxSession:
+class OnnxSession(ClosingSession):
     """One graph and one sequence whose keys and values are kept between calls."""
 
     engine_name = "onnxruntime"
@@ -175,14 +176,6 @@ class OnnxSession:
         self._turn = 0
         self.context, self.vocabulary = shape.context, shape.vocabulary
         self._batch = max(1, min(options.batch, _LOGITS_BYTES // (4 * shape.vocabulary)))
-
-    def __enter__(self) -> OnnxSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the model. Calling it again does nothing."""
@@ -308,10 +301,7 @@ class OnnxSession:
         import numpy as np
 
         self._alive()
-        if not 0 <= start < len(tokens):
-            raise UsageError(f"nothing to score: start {start} of {len(tokens)} tokens")
-        if len(tokens) > self.context:
-            raise ModelError(f"{len(tokens)} tokens to score; the context holds {self.context}")
+        check_score(len(tokens), start, self.context)
         never = threading.Event()
         result = np.empty((len(tokens) - start, self.vocabulary), np.float32)
         reused = self._reuse(tokens, start)

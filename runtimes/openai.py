@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edgeft.artifact import Artifact
@@ -22,6 +21,7 @@ from edgeft.paths import parse_json
 from edgeft.plugins import AdapterScale, LoadOptions, Session, Support
 
 from .openai_client import SUFFIX, ChatClient, Endpoint, parse_endpoint, read_endpoint
+from .session_base import ClosingSession
 from .text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class OpenAiRuntime:
         return OpenAiSession(ChatClient(replace(endpoint, context=options.context or endpoint.context)))
 
 
-class OpenAiSession:
+class OpenAiSession(ClosingSession):
     """Conversations with one endpoint."""
 
     def __init__(self, client: ChatClient) -> None:
@@ -76,14 +76,6 @@ class OpenAiSession:
         self.context = client.endpoint.context
         self.vocabulary = CHAT + 1
         """Tokens known so far: it grows with the answers."""
-
-    def __enter__(self) -> OpenAiSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         if self._client is not None:

@@ -124,7 +124,7 @@ def load_model(folder: Path, weights: str) -> Any:
         options["device_map"] = {"": 0}
     try:
         if weights == "nf4":
-            options["quantization_config"] = nf4_config(folder, dtype)
+            options["quantization_config"] = nf4.config(folder, dtype)
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
         )
@@ -132,18 +132,3 @@ def load_model(folder: Path, weights: str) -> Any:
         raise ModelError(f"{folder} cannot be loaded: {first_line(error)}") from error
     refuse_missing(folder, found)
     return model.eval()
-
-
-def nf4_config(folder: Path, compute: Any) -> Any:
-    """NF4 as QLoRA trains on it: blocks of 64, scales quantized too, the head and odd layers left alone."""
-    transformers, torch = require("transformers", "train"), require("torch", "train")
-    require("bitsandbytes", "train")
-    with torch.device("meta"):
-        shape = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=nf4.kept(shape),
-    )

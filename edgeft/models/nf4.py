@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeft.errors import require
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BLOCK = 64
 """Weights that share a scale; blocks run through rows."""
@@ -19,3 +22,22 @@ def kept(model: Any) -> list[str]:
     head = model.get_output_embeddings()
     layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, linear))
     return [name for name, layer in layers if layer is head or layer.in_features % BLOCK]
+
+
+def config(folder: Path, compute: Any) -> Any:
+    """The `BitsAndBytesConfig` that QLoRA loads the model in `folder` with.
+
+    Scales are quantized too; what `kept` names stays as it is. `compute` is the dtype of products. Raises
+    `MissingDependency` without bitsandbytes.
+    """
+    transformers, torch = require("transformers", "train"), require("torch", "train")
+    require("bitsandbytes", "train")
+    with torch.device("meta"):
+        shape = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=kept(shape),
+    )

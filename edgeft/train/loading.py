@@ -41,7 +41,7 @@ def load_base(path: Path, config: TrainConfig, hardware: Hardware, gguf: Path | 
         options["device_map"] = {"": 0}
     try:
         if config.method == "qlora":
-            options["quantization_config"] = _nf4(path, compute)
+            options["quantization_config"] = nf4.config(path, compute)
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             path, attn_implementation=attention.NAME, local_files_only=True, output_loading_info=True, **options
         )
@@ -87,20 +87,6 @@ def not_finite(path: Path) -> str | None:
                 if values.is_floating_point() and not torch.isfinite(values.float().abs().max()):
                     return f"tensor {name} of {file}"
     return None
-
-
-def _nf4(path: Path, compute: Any) -> Any:
-    transformers, torch = require("transformers", "train"), require("torch", "train")
-    require("bitsandbytes", "train")
-    with torch.device("meta"):
-        shape = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path))
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=nf4.kept(shape),
-    )
 
 
 def add_adapter(model: Any, config: TrainConfig, base: Path) -> Any:
