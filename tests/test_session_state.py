@@ -18,6 +18,7 @@ from tiny_gguf import write_random
 from edgeft import plugins
 from edgeft.artifact import Artifact
 from edgeft.chat import Sampling, Usage
+from edgeft.cli.main import main
 from edgeft.plugins import LoadOptions
 
 SYSTEM = "You switch lights, heaters and fans. Answer with one JSON object and nothing else."
@@ -148,3 +149,16 @@ def test_the_oldest_go_when_the_folder_is_full(tmp_path: Path) -> None:
     assert folder.find({"tokens": "b"}).data is None
     assert folder.find({"tokens": "a"}).data and folder.find({"tokens": "c"}).data
     assert "may hold" in folder.keep({"tokens": "d"}, b"d" * 3000)
+
+
+def test_the_command_keeps_states_unless_told_not_to(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EDGEFT_HOME", str(tmp_path))
+    command = ["run", str(model), "on?", "--system", SYSTEM, "--max-tokens", "4", "--runtime", "xllamacpp"]
+    said = []
+    for more, files in (["--state", "off"], 0), ([], 1), ([], 1):
+        assert main([*command, *more]) == 0
+        assert len(list((tmp_path / "states").glob("*"))) == files
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
