@@ -54,6 +54,13 @@ SCHEMA: tuple[Key, ...] = (
     Key("run.min-p", float, 0.05, "Drop tokens below this share of the most probable one.", minimum=0),
     Key("run.repeat-penalty", float, 1.0, "Above 1 discourages repetition.", minimum=0),
     Key("run.seed", int, 0, "Seed of the sampler."),
+    Key(
+        "run.state",
+        str,
+        "on",
+        "Keep system prompts' keys and values on disk, so that the next start is sooner.",
+        ("on", "off"),
+    ),
     Key("train.method", str, "qlora", "What is trained.", ("qlora", "lora", "full", "gguf")),
     Key("train.rank", int, 16, "Rank of the adapter.", minimum=1),
     Key("train.learning-rate", float, 0.0, "0: chosen by method.", minimum=0),

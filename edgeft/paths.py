@@ -30,6 +30,11 @@ def models_dir() -> Path:
     return home() / "models"
 
 
+def states_dir() -> Path:
+    """States of system prompts; whoever deletes it loses nothing but time."""
+    return home() / "states"
+
+
 def history_file() -> Path:
     return home() / "history.sqlite"
 

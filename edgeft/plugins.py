@@ -150,6 +150,8 @@ class LoadOptions:
     """Threads that prefill."""
     batch: int = 512
     use_mmap: bool = True
+    state: Path | None = None
+    """Folder where the state of system prompts is kept between sessions, prompts included; None: nowhere."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import time
 import unicodedata
@@ -21,6 +22,8 @@ from .amx import crashes_on_amx
 from .cores import available_cores, physical_cores
 from .json_grammar import schema_to_grammar
 from .llama_api import Batch, Library, SamplerChainParams, Token, abort_function
+from .llama_prompt_state import PromptState
+from .llama_state import common, fingerprint
 from .memory import available_bytes
 from .session_base import ClosingSession, check_score
 from .text_stream import TextStream
@@ -57,6 +60,7 @@ class LlamaSession(ClosingSession):
         self.context = int(library.llama_n_ctx(self._ctx))
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocab))
         self._batch = options.batch
+        self._state = PromptState(options.state, self._about(options, flash_attention) if options.state else {})
 
     def close(self) -> None:
         """Free the model and everything that belongs to it. Calling it again does nothing."""
@@ -70,6 +74,27 @@ class LlamaSession(ClosingSession):
             self._lib.llama_model_free(self._model)
             self._model = None
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user may want to know that changed no answer."""
+        return self._state.notes
+
+    def _about(self, options: LoadOptions, flash_attention: bool) -> dict[str, Any]:
+        """What the keys and values of a text depend on, but for the text and the adapters."""
+        template = self._lib.llama_model_chat_template(self._model, None) or b""
+        return {
+            "model": fingerprint(self._path),
+            "template": hashlib.sha256(template).hexdigest(),
+            "library": fingerprint(self._lib.path),
+            "context": self.context,
+            "batch": options.batch,
+            "flash attention": flash_attention,
+        }
+
+    def _context(self) -> int:
+        assert self._ctx is not None
+        return self._ctx
+
     def _alive(self) -> None:
         if self._ctx is None:
             raise ModelError(f"the session on {self._path} is closed")
@@ -77,8 +102,15 @@ class LlamaSession(ClosingSession):
     # --- Text ---------------------------------------------------------------
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> TokenIds:
-        text = self.template().render(messages, tools=tools)
-        return self.tokenize(text, special=True, bos=True)
+        prompt = self._render(messages, tools)
+        if self._state.on and [message["role"] for message in messages[:2]] == ["system", "user"]:
+            # What two questions have in common, so that no user's words are kept.
+            others = (self._render([messages[0], {"role": "user", "content": word}], tools) for word in ("0", "a"))
+            self._state.expect(common(*others))
+        return prompt
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> TokenIds:
+        return self.tokenize(self.template().render(messages, tools=tools), special=True, bos=True)
 
     def template(self) -> ChatTemplate:
         """The model's own template. Raises: ModelError when the file has none."""
@@ -145,6 +177,7 @@ class LlamaSession(ClosingSession):
                 yield from self._stream(prompt, sampling, sampler, cancel)
         finally:
             self._lib.llama_sampler_free(sampler)
+            self._state.write()
 
     @contextlib.contextmanager
     def _aborting(self, cancel: Cancel) -> Iterator[None]:
@@ -169,10 +202,10 @@ class LlamaSession(ClosingSession):
     def _stream(self, prompt: TokenIds, sampling: Sampling, sampler: int, cancel: Cancel) -> Iterator[Delta]:
         lib, started = self._lib, time.perf_counter()
         stream = TextStream(sampling.stop)
-        reused, turn = self._reuse(prompt, len(prompt) - 1), self._turn
+        reused, turn = self._begin(prompt), self._turn
         produced, first, last = 0, started, started
         reason: FinishReason = "cancel"
-        ready = not cancel and self._prefill(prompt, reused)
+        ready = not cancel and self._prefill_keeping(prompt, reused)
         one = (Token * 1)()
         batch = Batch(n_tokens=1, token=one)
         while ready:
@@ -222,6 +255,29 @@ class LlamaSession(ClosingSession):
             shared = 0
         self._cached = self._cached[:shared]
         return shared
+
+    def _begin(self, prompt: TokenIds) -> int:
+        """How many tokens of the prompt need not be computed: they are cached, or their state is on the disk."""
+        reused, prefix = self._reuse(prompt, len(prompt) - 1), self._state.prefix_of(prompt)
+        if reused >= len(prefix):
+            return reused
+        self._lib.llama_memory_clear(self._memory, True)
+        self._cached = []
+        if self._state.read(prefix, self._lib, self._context()):
+            self._cached = list(prefix)
+        else:
+            self._lib.llama_memory_clear(self._memory, True)
+        return len(self._cached)
+
+    def _prefill_keeping(self, prompt: TokenIds, start: int) -> bool:
+        """Evaluate `prompt[start:]`, and take the state of its system prompt on the way; False when cancelled."""
+        prefix = self._state.prefix_of(prompt)
+        if start < len(prefix):
+            if not self._prefill(prefix, start):
+                return False
+            self._state.take(prefix, self._lib, self._context())
+            start = len(prefix)
+        return self._prefill(prompt, start)
 
     def _prefill(self, tokens: TokenIds, start: int) -> bool:
         """Evaluate `tokens[start:]`; False when cancelled."""
@@ -323,6 +379,7 @@ class LlamaSession(ClosingSession):
         scales = (ctypes.c_float * count)(*scale_of.values())
         if self._lib.llama_set_adapters_lora(self._ctx, (ctypes.c_void_p * count)(*handles), count, scales):
             raise ModelError(f"llama.cpp refused the adapters{self._said()}")
+        self._state.use_adapters(adapters)
         self._turn += 1
         # What is cached was computed with other weights.
         self._lib.llama_memory_clear(self._memory, True)

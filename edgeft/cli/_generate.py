@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgeft import config
+from edgeft import config, paths
 from edgeft.chat import Cancel, Delta, Sampling, TokenIds
 from edgeft.errors import UsageError
 
@@ -115,6 +115,14 @@ def explain(opened: Opened) -> None:
     note(json.dumps(record.as_dict(), indent=2, ensure_ascii=False))
 
 
+def show_notes(session: Session) -> None:
+    """What the runtime has to say beside its answer, on stderr."""
+    from edgeft.cli._output import note
+
+    for text in getattr(session, "notes", ()):
+        note(text)
+
+
 def _load_options(values: Mapping[str, Any]) -> LoadOptions:
     from edgeft.plugins import LoadOptions
 
@@ -122,6 +130,7 @@ def _load_options(values: Mapping[str, Any]) -> LoadOptions:
         context=values["context"] or None,
         threads=values["threads"] or None,
         threads_batch=values["threads-batch"] or None,
+        state=paths.states_dir() if values["state"] == "on" else None,
     )
 
 

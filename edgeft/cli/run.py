@@ -19,6 +19,7 @@ from edgeft.cli._generate import (
     run_options,
     sampling,
     settings,
+    show_notes,
     stream,
     system_prompt,
 )
@@ -87,6 +88,7 @@ def run(
                 if not as_json:
                     click.echo(delta.text, nl=False)
         code = _finish(model, opened, deltas, as_json)
+        show_notes(session)
         if explaining:
             explain(opened)
         return code
