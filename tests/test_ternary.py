@@ -315,6 +315,7 @@ def test_an_adapter_is_trained_over_a_ternary_file(
         beside = reference_nll(session, shipped, examples)
         session.set_adapters(())
         alone = reference_nll(session, shipped, examples)
+    assert beside is not None and alone is not None
     assert beside == pytest.approx(report["nll_file"], abs=5e-3)
     assert alone > beside + 0.05
 
