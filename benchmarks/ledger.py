@@ -7,7 +7,9 @@ run's held-out data against base and adapter merged in float32: first the file's
 runtime. What the trained graph and the merged model say is computed once and kept in FOLDER (4 bytes per token and
 vocabulary entry: 1 GB for the demo); what each file says is kept token by token, so that a second call only makes the
 table. Differences are paired: the same examples, the same bootstrap draws. `fit-q4_0` stands for types chosen tensor by
-tensor in the bytes of the q4_0 file; it needs the importance matrix that `edgeft imatrix RUN` makes.
+tensor in the bytes of the q4_0 file; it needs the importance matrix that `edgeft imatrix RUN` makes. `w16-q4_0` and the
+like are merged into the base's own weights (`--merge-base w16`); all others, and the merge that everything is measured
+against, into those weights rounded to NF4 and back.
 
 Needs the `train` and `onnx-export` extras.
 """
@@ -40,6 +42,8 @@ FIXED = ("q4_0", "q4_1", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs")
 """llama.cpp's 4-bit mixtures."""
 OWN = "q4"
 FITTED = ("fit-q4_0", "fit-q4", "fit-q4_k_m")
+W16 = "w16-"
+"""Before a target's name: merged into the base as it is."""
 RUNTIMES = {"onnx-q4": "onnxruntime-genai"}
 LLAMA = "xllamacpp"
 """One binding for all GGUF files; prebuilt, so others can repeat it."""
@@ -87,7 +91,9 @@ def shipment(name: str, run: str, origin: Origin, work: Path, imatrix: Path | No
     directory = name.startswith("onnx")
     out = work / (f"{name}-onnx" if directory else f"{name}.gguf")
     if not out.exists():
-        edgeft("export", run, "--to", name if directory else f"gguf-{name}", "--out", out, "--no-verify")
+        into = ("--merge-base", "w16") if name.startswith(W16) else ()
+        target = name if directory else f"gguf-{name.removeprefix(W16)}"
+        edgeft("export", run, "--to", target, *into, "--out", out, "--no-verify")
     return Shipment(name, out)
 
 
@@ -275,7 +281,8 @@ def tables(results: Mapping[str, Found]) -> str:
     lines += [row("as trained (NF4 base, bfloat16)", None, figures(first, "trained"))]
     lines += [row("merged, not quantized (float32)", None, figures(first, "merged"))]
     for name, found in results.items():
-        title = TITLES.get(name, f"`gguf-{name}`")
+        title = TITLES.get(name.removeprefix(W16), f"`gguf-{name.removeprefix(W16)}`")
+        title += ", merged into 16 bits" if name.startswith(W16) else ""
         if "tensors_kl" in found:
             lines.append(row(f"{title}: its tensors", None, figures(found, "tensors")))
         lines.append(row(title, float(found["bytes"]), figures(found)))

@@ -18,7 +18,9 @@ from edgeft import export as exporting
 from edgeft.artifact import Artifact
 from edgeft.chat import Sampling
 from edgeft.cli.main import main
+from edgeft.data.load import load_split
 from edgeft.errors import UnsupportedModel, UsageError
+from edgeft.evaluate import reference_nll
 from edgeft.models import ggml_rows
 from edgeft.models.packed import read_packed
 from edgeft.plugins import AdapterScale, LoadOptions, Source
@@ -292,7 +294,10 @@ def test_the_teachers_loss_is_the_divergence_from_the_original() -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapter_is_trained_over_a_ternary_file(shipped: Path, data: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_trained_over_a_ternary_file(
+    shipped: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third mode, end to end: the file's weights stay ternary, llama.cpp adds the adapter when it runs."""
     config = settings(shipped, data, tmp_path / "run", method="gguf", learning_rate=1e-2, epochs=3)
     before = shipped.read_bytes()
     run = train(config).run
@@ -301,13 +306,18 @@ def test_an_adapter_is_trained_over_a_ternary_file(shipped: Path, data: Path, tm
     adapter = tmp_path / "adapter.gguf"
     exporting.export(exporting.prepare(str(run.path), out=adapter), Silent())
     assert shipped.read_bytes() == before
-    messages = [{"role": "user", "content": "test 3"}]
+    capsys.readouterr()
+    assert main(["verify", str(run.path), str(adapter), "--tolerance", "top1=0.9", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["nll_file"] == pytest.approx(report["nll_training_graph"], abs=5e-3)
+    examples = load_split(str(data), "test")
     with open_session(str(shipped), adapters=(AdapterScale(adapter),)).session as session:
-        ids = session.render(messages)
-        with_adapter = session.score([*ids, 65, 66])
+        beside = reference_nll(session, shipped, examples)
         session.set_adapters(())
-        without = session.score([*ids, 65, 66])
-    assert not (with_adapter == without).all()
+        alone = reference_nll(session, shipped, examples)
+    assert beside is not None and alone is not None
+    assert beside == pytest.approx(report["nll_file"], abs=5e-3)
+    assert alone > beside + 0.05
 
 
 # --- Shapes ---------------------------------------------------------------------
