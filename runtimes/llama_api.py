@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any, ClassVar
@@ -241,3 +242,14 @@ def abort_function() -> int:
     if address is None:
         raise PluginError(f"the C library of {sys.platform} has no strlen")
     return address
+
+
+def scored_batch(tokens: Sequence[int], position: int) -> Batch:
+    """A batch that asks for the outputs of all its tokens."""
+    count = len(tokens)
+    return Batch(
+        n_tokens=count,
+        token=(Token * count)(*tokens),
+        pos=(ctypes.c_int32 * count)(*range(position, position + count)),
+        logits=(ctypes.c_int8 * count)(*([1] * count)),
+    )

@@ -18,13 +18,12 @@ from edgeft.models.adapter_file import check_base
 from edgeft.models.gguf_check import check_loadable
 from edgeft.plugins import AdapterScale, LoadOptions
 
-from .amx import crashes_on_amx
-from .cores import available_cores, physical_cores
 from .json_grammar import schema_to_grammar
-from .llama_api import Batch, Library, SamplerChainParams, Token, abort_function
+from .llama_api import Batch, Library, SamplerChainParams, Token, abort_function, scored_batch
+from .llama_load import load_model, make_context, metadata
 from .llama_prompt_state import PromptState
 from .llama_state import common, fingerprint
-from .memory import available_bytes
+from .sampler import log_softmax
 from .session_base import ClosingSession, check_score
 from .text_stream import TextStream
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-DEFAULT_CONTEXT = 4096
 _SCORE_ROWS = 128
 """Positions scored at once: 128 rows of a 150,000-token vocabulary are 77 MB."""
 _PENALTY_WINDOW = 64
@@ -52,10 +50,10 @@ class LlamaSession(ClosingSession):
         self._turn = 0
         self._flag = ctypes.create_string_buffer(2)
         check_loadable(path)
-        self._model = _load_model(library, path, options)
+        self._model = load_model(library, path, options)
         self._vocab = library.llama_model_get_vocab(self._model)
-        self._composes = _metadata(library, self._model, "tokenizer.ggml.pre") in _COMPOSING
-        self._ctx = _make_context(library, self._model, options, path, flash_attention)
+        self._composes = metadata(library, self._model, "tokenizer.ggml.pre") in _COMPOSING
+        self._ctx = make_context(library, self._model, options, path, flash_attention)
         self._memory = library.llama_get_memory(self._ctx)
         self.context = int(library.llama_n_ctx(self._ctx))
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocab))
@@ -337,7 +335,7 @@ class LlamaSession(ClosingSession):
         import numpy as np
 
         top = min(top, self.vocabulary)
-        row = _log_softmax(self._logits(1))[0]
+        row = log_softmax(self._logits(1))[0]
         best = np.argpartition(row, -top)[-top:]
         best = best[np.argsort(row[best])[::-1]]
         return float(row[token]), tuple((int(index), float(row[index])) for index in best)
@@ -362,8 +360,8 @@ class LlamaSession(ClosingSession):
         rows = min(_SCORE_ROWS, self._batch)  # llama.cpp ends the process when given more than a batch
         for at in range(start, len(tokens), rows):
             part = tokens[at : at + rows]
-            self._decode(_scored_batch(part, at), part)
-            result[at - start : at - start + len(part)] = _log_softmax(self._logits(len(part)))
+            self._decode(scored_batch(part, at), part)
+            result[at - start : at - start + len(part)] = log_softmax(self._logits(len(part)))
         return result
 
     # --- Adapters -----------------------------------------------------------
@@ -396,79 +394,3 @@ class LlamaSession(ClosingSession):
                 raise ModelError(f"{path} is not an adapter for {self._path.name}{self._said()}")
             self._adapters[path] = handle
         return self._adapters[path]
-
-
-def _metadata(library: Library, model: int, key: str) -> str:
-    """A short text from the file's metadata; "" when it has no such key."""
-    room = ctypes.create_string_buffer(64)
-    size = library.llama_model_meta_val_str(model, key.encode(), room, len(room))
-    return room.value.decode("utf-8", "replace") if size >= 0 else ""
-
-
-def _load_model(library: Library, path: Path, options: LoadOptions) -> int:
-    params = library.llama_model_default_params()
-    params.load_mode = 1 if options.use_mmap else 0
-    if crashes_on_amx(library.path):
-        # Without ggml's repacked buffers its AMX kernels are never reached.
-        params.use_extra_bufts = False
-    library.forget_errors()
-    model = library.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        said = "; ".join(library.errors[:2]) or "no reason given"
-        raise ModelError(f"llama.cpp cannot load {path}: {said}", "The file may be cut short; export or pull it again.")
-    return int(model)
-
-
-def _make_context(library: Library, model: int, options: LoadOptions, path: Path, flash_attention: bool) -> int:
-    params = library.llama_context_default_params()
-    params.n_ctx = options.context or min(int(library.llama_model_n_ctx_train(model)), DEFAULT_CONTEXT)
-    params.n_batch = params.n_ubatch = options.batch
-    if not flash_attention:
-        params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED; the default lets llama.cpp choose
-    params.n_threads = options.threads or physical_cores()
-    params.n_threads_batch = options.threads_batch or available_cores()
-    try:
-        _check_memory(library, model, options.context or params.n_ctx, path)
-    except ModelError:
-        library.llama_model_free(model)
-        raise
-    library.forget_errors()
-    context = library.llama_init_from_model(model, params)
-    if not context:
-        library.llama_model_free(model)
-        said = "; ".join(library.errors[:2]) or "no reason given"
-        raise ModelError(
-            f"llama.cpp cannot make a context of {params.n_ctx} tokens for {path}: {said}", "Try a shorter --context."
-        )
-    return int(context)
-
-
-def _check_memory(library: Library, model: int, context: int, path: Path) -> None:
-    """Keys and values of every layer, two bytes each, must fit; what else a context takes is small beside them."""
-    layers, heads = library.llama_model_n_layer(model), library.llama_model_n_head(model)
-    width = library.llama_model_n_embd(model) * library.llama_model_n_head_kv(model) // max(heads, 1)
-    needed, available = 2 * 2 * layers * width * context, available_bytes()
-    if available is not None and needed > available:
-        raise ModelError(
-            f"a context of {context} tokens for {path} takes {needed / 1e9:.1f} GB; {available / 1e9:.1f} GB are free",
-            "Try a shorter --context.",
-        )
-
-
-def _scored_batch(tokens: TokenIds, position: int) -> Batch:
-    """A batch that asks for the outputs of all its tokens."""
-    count = len(tokens)
-    return Batch(
-        n_tokens=count,
-        token=(Token * count)(*tokens),
-        pos=(ctypes.c_int32 * count)(*range(position, position + count)),
-        logits=(ctypes.c_int8 * count)(*([1] * count)),
-    )
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    import numpy as np
-
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
