@@ -225,15 +225,19 @@ class ChatClient:
             if "event-stream" not in response.headers.get("content-type", ""):
                 yield parse_json((await response.aread()).decode())  # a server that does not stream
                 return
-            lines = _lines(response.aiter_bytes())
-            while True:
-                async with asyncio.timeout(wait):
-                    line = await anext(lines, None)
-                if line is None or line == "data: [DONE]":
-                    return
-                if line.startswith("data:"):
-                    wait = self.endpoint.idle_s
-                    yield self._event(parse_json(line.removeprefix("data:")))
+            # Closed in order: generators left to the collector are closed by tasks that get in each other's way.
+            async with (
+                contextlib.aclosing(response.aiter_bytes()) as pieces,
+                contextlib.aclosing(_lines(pieces)) as lines,
+            ):
+                while True:
+                    async with asyncio.timeout(wait):
+                        line = await anext(lines, None)
+                    if line is None or line == "data: [DONE]":
+                        return
+                    if line.startswith("data:"):
+                        wait = self.endpoint.idle_s
+                        yield self._event(parse_json(line.removeprefix("data:")))
         finally:
             await response.aclose()
 
@@ -310,7 +314,7 @@ def _seconds(after: str | None) -> float | None:
         return None
 
 
-async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
+async def _lines(pieces: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
     """Lines of a stream of bytes. Raises: ValueError when one is too long."""
     held = b""
     async for piece in pieces:
