@@ -76,7 +76,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         yield VerticalScroll(id="talk")
         yield Static("", id="status", markup=False)
         yield Prompt(id="prompt")
-        yield Footer()
+        yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
         self.query_one("#talk", VerticalScroll).anchor()

@@ -60,7 +60,7 @@ class CurvesScreen(Screen[None]):
         with Grid(id="plots"):
             for title, _ in PLOTS:
                 yield PlotextPlot(id=_identity(title))
-        yield Footer()
+        yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
         self._draw()

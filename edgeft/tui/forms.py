@@ -124,7 +124,7 @@ this screen closes. **F3** copies the command. **Tab** goes to the next field.""
             if self._plans:
                 yield Button("Plan", id="do-plan")
             yield Button("Start", id="do-start", variant="primary")
-        yield Footer()
+        yield Footer(show_command_palette=False)
 
     @property
     def _plans(self) -> bool:

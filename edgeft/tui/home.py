@@ -51,7 +51,7 @@ something new: training, an export, a data set. **/** filters by any word. **←
         yield DataTable[str](cursor_type="row", zebra_stripes=True)
         yield Input(placeholder="filter", id="filter")
         yield Static("", id="next", classes="command", markup=False)
-        yield Footer()
+        yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
         table = self._table

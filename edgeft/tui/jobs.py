@@ -52,7 +52,7 @@ goes on where it was. **p** shows the curves of a training."""
         yield ProgressBar(show_eta=True, id="bar")
         yield Label("", id="stage", markup=False)
         yield RichLog(wrap=True, markup=False, id="log")
-        yield Footer()
+        yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
         self._look()
