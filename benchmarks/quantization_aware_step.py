@@ -1,11 +1,10 @@
-"""What a quantization-aware step costs beside a plain LoRA step: one process, one model, the two by turns.
+"""What a quantization-aware step costs beside a plain LoRA step: one process, the two by turns.
 
-    python benchmarks/quantization_aware_step.py [--json] [--target gguf-q4_0] [--tokens 512] [--pairs 12]
+    python benchmarks/quantization_aware_step.py [--json] [--target gguf-q4_0] [--tune both] [--tokens 512]
 
-SmolLM2-135M on the demo's commands, rank 16, as `edgeft train` sets it up. The same layers compute both ways, so one
-model alternates between them: forward, backward, clipping and AdamW on the same batch, first as LoRA, then rounded, and
-the other way around in the next pair. The figure is the median of the pairs' ratios; what else the machine does hits
-both alike.
+SmolLM2-135M on the demo's commands, rank 16, as `edgeft train` sets it up with `--for` and without: two trainers,
+forward, backward, clipping and AdamW on the same batch, first the one, then the other, and the other way around in
+the next pair. The figure is the median of the pairs' ratios; what else the machine does hits both alike.
 """
 
 from __future__ import annotations
@@ -24,28 +23,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--target", default="gguf-q4_0")
+    parser.add_argument("--tune", default="adapter")
     parser.add_argument("--tokens", type=int, default=512, help="tokens per optimizer step")
     parser.add_argument("--pairs", type=int, default=12)
     options = parser.parse_args()
-    figures = measure(options.target, options.tokens, options.pairs)
+    figures = measure(options.target, options.tune, options.tokens, options.pairs)
     print(json.dumps(figures) if options.json else "\n".join(f"{key:<24} {value}" for key, value in figures.items()))
 
 
-def measure(target: str, tokens: int, pairs: int) -> dict[str, Any]:
+def measure(target: str, tune: str, tokens: int, pairs: int) -> dict[str, Any]:
     from edgeft.models.quiet import quiet_libraries
 
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
-        trainer, batches = prepare(target, tokens, Path(folder))
+        trainers = {name: trainer_for(name, tune, tokens, Path(folder) / str(name)) for name in (None, target)}
+        batches = {name: list(trainer.get_train_dataloader()) for name, trainer in trainers.items()}
         plain, aware, ratios = [], [], []
         for pair in range(-2, pairs):
-            batch = batches[pair % len(batches)]
-            order = (False, True) if pair % 2 else (True, False)
-            seconds = {rounded: step(trainer, batch, rounded) for rounded in order}
+            order = (None, target) if pair % 2 else (target, None)
+            seconds = {name: step(trainers[name], batches[name][pair % len(batches[name])]) for name in order}
             if pair >= 0:  # the first ones compile and allocate
-                plain.append(seconds[False])
-                aware.append(seconds[True])
-                ratios.append(seconds[True] / seconds[False])
-        rounding = min(round_all(trainer) for _ in range(3))
+                plain.append(seconds[None])
+                aware.append(seconds[target])
+                ratios.append(seconds[target] / seconds[None])
+        rounding = min(round_all(trainers[target]) for _ in range(3))
     return {
         "ratio": round(statistics.median(ratios), 3),
         "ratio_min": round(min(ratios), 3),
@@ -54,13 +54,14 @@ def measure(target: str, tokens: int, pairs: int) -> dict[str, Any]:
         "aware_step_s": round(statistics.median(aware), 3),
         "rounding_s": round(rounding, 3),
         "target": target,
+        "tune": tune,
         "tokens_per_step": tokens,
         "pairs": pairs,
         "cores": os.cpu_count(),
     }
 
 
-def prepare(target: str, tokens: int, folder: Path) -> tuple[Any, list[Any]]:
+def trainer_for(target: str | None, tune: str, tokens: int, folder: Path) -> Any:
     from edgeft.openmp import TRAINING, short_spins
 
     with short_spins(TRAINING):
@@ -75,24 +76,22 @@ def prepare(target: str, tokens: int, folder: Path) -> tuple[Any, list[Any]]:
     text = load_text_side(base)
     chosen = load_split("smart-home", "train")[: 8 * tokens // 40]
     examples = encode_all(chosen, text.need_template(), text.tokenize, text.eos_tokens).encoded
-    config = TrainConfig(
-        str(base), "-", folder, method="lora", epochs=1, batch_tokens=tokens, micro_tokens=tokens, target=target
-    )
+    sizes: dict[str, Any] = {"epochs": 1, "batch_tokens": tokens, "micro_tokens": tokens}
+    wanted = {"target": target, "tune": tune} if target else {}
+    config = TrainConfig(str(base), "-", folder, method="lora", **sizes, **wanted)
     trainer = workflow.trainer_for(config, base, examples)
     trainer.create_optimizer()
     trainer.model.train()
-    batches = list(trainer.get_train_dataloader())
-    trainer.aware.at_step(0)
-    return trainer, batches
+    return trainer
 
 
-def step(trainer: Any, batch: Any, rounded: bool) -> float:
+def step(trainer: Any, batch: Any) -> float:
     """Seconds of one optimizer step."""
     import torch
 
-    trainer.aware.ships = rounded
     started = time.perf_counter()
-    trainer.aware.moved()
+    if trainer.aware is not None:
+        trainer.aware.moved()
     trainer.compute_loss(trainer.model, batch).backward()
     torch.nn.utils.clip_grad_norm_([p for p in trainer.model.parameters() if p.requires_grad], 1.0)
     trainer.optimizer.step()
@@ -105,7 +104,7 @@ def round_all(trainer: Any) -> float:
     started = time.perf_counter()
     trainer.aware.moved()
     for layer in trainer.aware.layers.values():
-        layer.rounded()
+        layer.rounded()  # the first of them rounds all
     return time.perf_counter() - started
 
 

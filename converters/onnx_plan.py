@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgeft.errors import UsageError
+from edgeft.models.packed import read_packed
 from edgeft.plugins import ConvertOptions, Plan, Source, TensorPlan
 
 from .adapter import EMBEDDING, HEAD
@@ -32,6 +33,7 @@ class Details:
 def make_plan(source: Source, target: str, options: ConvertOptions) -> Plan:
     """Raises: UsageError, ModelError, UnsupportedModel."""
     settings = read_settings(TARGETS[target], options.extra.get("settings") or {})
+    check_packed(source, target, settings, TARGETS[target])
     weights = merged_weights(source)
     tensors = tuple(_tensor(name, tensor.shape, weights, settings) for name, tensor in weights.tensors.items())
     size = sum(tensor.bytes for tensor in tensors)
@@ -81,6 +83,17 @@ _CHOICES: Mapping[str, Mapping[str, Any]] = {
     "symmetric": {"yes": True, "no": False},
     "accuracy-level": {str(level): level for level in range(5)},
 }
+
+
+def check_packed(source: Source, target: str, settings: Settings, default: Settings) -> None:
+    """Raises: UsageError, ModelError."""
+    if source.packed is None:
+        return
+    if read_packed(source.packed).target != target or settings != default:
+        raise UsageError(
+            f"the weights of {source.packed.parent} were trained as {target} stores them by default",
+            "Leave out --set: the run's file is fixed by its training.",
+        )
 
 
 def _tensor(name: str, shape: tuple[int, ...], weights: Weights, settings: Settings) -> TensorPlan:

@@ -8,6 +8,7 @@ com.microsoft.GatherBlockQuantized.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 from collections.abc import Callable, Iterator
@@ -59,16 +60,24 @@ class Blocks:
     zeros: NDArray[Any] | None
 
 
-def quantize_graph(graph: Graph, settings: Settings, advance: Callable[[int, str], None]) -> dict[str, int]:
+Rounded = Callable[[Any, int, bool], Blocks]
+"""(initializer, bits, whether its columns are rows of the weights) -> its blocks."""
+
+
+def quantize_graph(
+    graph: Graph, settings: Settings, advance: Callable[[int, str], None], rounded: Rounded | None = None
+) -> dict[str, int]:
     """Replace every constant matrix of `graph`, in place.
 
     Args:
         advance: told how many weights of which tensor are done.
+        rounded: gives the blocks of a matrix; by default they are quantized here.
 
     Returns:
         Initializer name -> bits of the weights in it.
     """
     found: dict[str, int] = {}
+    rounded = rounded or functools.partial(_quantized, settings)
     for node in list(graph.model.graph):
         if node.op_type != "MatMul" or node.inputs[1].name not in graph.weights:
             continue
@@ -77,7 +86,7 @@ def quantize_graph(graph: Graph, settings: Settings, advance: Callable[[int, str
         if bits < 32:
             count = node.inputs[1].shape.numpy()
             found[name] = bits
-            _replace_matmul(graph.model.graph, node, bits, settings)
+            _replace_matmul(graph.model.graph, node, bits, settings, rounded)
             advance(int(np.prod(count)), name)
     for node in list(graph.model.graph):
         if node.op_type == "Gather" and node.inputs[0].name in graph.weights and settings.embedding_bits < 32:
@@ -85,7 +94,7 @@ def quantize_graph(graph: Graph, settings: Settings, advance: Callable[[int, str
             columns, count = int(node.inputs[0].shape[1]), int(np.prod(node.inputs[0].shape.numpy()))
             if columns % settings.block == 0:
                 found[name] = settings.embedding_bits
-                blocks = quantize(node.inputs[0].const_value.numpy(), settings.embedding_bits, settings, table=True)
+                blocks = rounded(node.inputs[0], settings.embedding_bits, False)
                 _replace_gather(graph.model.graph, node, name, blocks, settings.embedding_bits, settings)
                 advance(count, name)
     return found
@@ -95,10 +104,15 @@ def _is_head(node: Any) -> bool:
     return bool(node.outputs[0].is_graph_output())
 
 
-def _replace_matmul(graph: Any, node: Any, bits: int, settings: Settings) -> None:
+def _quantized(settings: Settings, value: Any, bits: int, turned: bool) -> Blocks:
+    weights = value.const_value.numpy()
+    return quantize(weights.T if turned else weights, bits, settings, table=not turned)
+
+
+def _replace_matmul(graph: Any, node: Any, bits: int, settings: Settings, rounded: Rounded) -> None:
     weight = node.inputs[1]
     columns, rows = (int(size) for size in weight.shape)
-    blocks = quantize(weight.const_value.numpy().T, bits, settings)
+    blocks = rounded(weight, bits, True)
     embedding = _shared_embedding(weight)
     values = _register(graph, weight.name, blocks, bits)
     node.op_type, node.domain = "MatMulNBits", _DOMAIN

@@ -26,8 +26,9 @@ from .gguf_convert import check_space
 from .gguf_plan import stop_ids, tokenizer_folder
 from .onnx_graph import Graph, build
 from .onnx_lazy import EXTRA
+from .onnx_packed import PackedReader
 from .onnx_plan import TYPE_NAMES, Details
-from .onnx_quantize import quantize_graph
+from .onnx_quantize import Rounded, quantize_graph
 from .onnx_weights import WeightReader
 from .safetensors_rows import Reader
 
@@ -136,9 +137,11 @@ def _write_model(plan: Plan, details: Details, ggml: Ggml, folder: Path, progres
     progress.start("Quantizing" if details.settings.bits < 32 else "Writing", plan.parameters, "weights")
     try:
         with Reader() as reader:
-            graph = build(folder, details.weights, WeightReader(details.weights, reader, ggml, plan.options.round))
-            counts = _counts(graph)
-            bits = quantize_graph(graph, details.settings, progress.advance) if details.settings.bits < 32 else {}
+            weights, rounded = _reader(plan, details, ggml, reader)
+            graph = build(folder, details.weights, weights)
+            counts, bits = _counts(graph), {}
+            if details.settings.bits < 32:
+                bits = quantize_graph(graph, details.settings, progress.advance, rounded)
             ir.save(graph.model, folder / MODEL, external_data=DATA, size_threshold_bytes=_INLINE)
     finally:
         progress.finish()
@@ -147,6 +150,14 @@ def _write_model(plan: Plan, details: Details, ggml: Ggml, folder: Path, progres
         kind = TYPE_NAMES[bits.get(name, 32)]
         mix[kind] = mix.get(kind, 0) + count
     return mix
+
+
+def _reader(plan: Plan, details: Details, ggml: Ggml, reader: Reader) -> tuple[WeightReader, Rounded | None]:
+    """What reads the weights, and what knows their blocks already."""
+    if plan.source.packed is None:
+        return WeightReader(details.weights, reader, ggml, plan.options.round), None
+    packed = PackedReader(details.weights, reader, ggml, plan.source.packed)
+    return packed, packed.blocks
 
 
 def _counts(graph: Graph) -> dict[str, int]:

@@ -115,11 +115,13 @@ def for_target(origin: Origin, target: str) -> Origin:
     """What a run trained for one target is for another: base and adapter, if it has an adapter.
 
     Raises:
-        UsageError: the run trained the scales of its own target.
+        UsageError: the run trained the scales of its own target, alone or with the adapter.
     """
     if origin.source.packed is None or origin.run is None or target == (trained := origin.run.manifest().target):
         return origin
-    if origin.source.adapter is None and origin.run.manifest().method != "full":
+    from edgeft.train.config import read_config
+
+    if origin.run.manifest().method != "full" and read_config(origin.run.path).tune != "adapter":
         raise UsageError(f"{origin.run.path} trained the scales of {trained}", f"--to {trained}")
     return dataclasses.replace(origin, source=dataclasses.replace(origin.source, packed=None))
 
@@ -252,7 +254,10 @@ def converter_for(target: str) -> Converter:
 def default_name(name: str, target: str) -> str:
     """ "demo", "gguf-q4" -> "demo-q4.gguf"; "demo", "onnx-q4" -> "demo-q4-onnx", a folder."""
     kind, _, short = target.partition("-")
-    return f"{name}-{short or 'fit'}{'-' if converter_for(target).targets[target].directory else '.'}{kind}"
+    made = converter_for(target).targets[target]
+    if made.suffix:
+        return f"{name}-{short}{made.suffix}" if short else f"{name}{made.suffix}"
+    return f"{name}-{short or 'fit'}{'-' if made.directory else '.'}{kind}"
 
 
 def find(model: str, adapter: Path | None, progress: Progress) -> Origin:

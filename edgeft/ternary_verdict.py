@@ -44,7 +44,7 @@ def measure(file: Path, examples: Sequence[Example], runtime: str, progress: Pro
     from edgeft.evaluate import predict, reference_nll, speed
     from edgeft.sessions import open_session
 
-    opened = open_session(str(file), runtime, progress=progress)
+    opened = open_session(str(file), runtime, progress=progress, needs="scores")
     with opened.session as session:
         nll = reference_nll(session, opened.artifact.path, examples)
         if nll is None:

@@ -141,7 +141,7 @@ def test_gradients_are_those_of_rounding_as_the_identity() -> None:
     x = torch.randn(3, 5, 64, requires_grad=True)
     a.requires_grad_(), b.requires_grad_()
     merged = Merged(GgmlGrid("Q4_0"), weight, a, b, 0.5)
-    RoundedLinear.apply(x, merged, a, b, None).square().sum().backward()
+    RoundedLinear.apply(x, merged, a, b, None, None).square().sum().backward()
     found = [tensor.grad.clone() for tensor in (x, a, b)]
     for tensor in (x, a, b):
         tensor.grad = None
@@ -239,8 +239,9 @@ def test_what_is_scored_is_what_the_file_computes(base: Path, data: Path, tmp_pa
     assert abs(ledger["nll_file"] - run.manifest().evaluation["nll_training_graph"]) < 2e-3
 
 
-def test_a_resumed_run_is_the_same_run(base: Path, data: Path, tmp_path: Path) -> None:
-    config = aware(base, data, tmp_path / "whole", quantize_after=0.4, epochs=4)
+@pytest.mark.parametrize("tune", ["adapter", "both"])
+def test_a_resumed_run_is_the_same_run(tune: str, base: Path, data: Path, tmp_path: Path) -> None:
+    config = aware(base, data, tmp_path / "whole", quantize_after=0.4, epochs=4, tune=tune)
     whole = train(config).run
     for at in (2, 6):  # before rounding begins, and after
         broken = dataclasses.replace(config, out=tmp_path / f"broken-{at}")
@@ -272,6 +273,65 @@ def test_scales_alone_are_trained_and_shipped(base: Path, data: Path, tmp_path: 
     same_codes(run, base)
     with pytest.raises(UsageError, match="trained the scales"):
         exporting.prepare(str(run.path), "gguf-q8_0", out=tmp_path / "other.gguf")
+
+
+def test_an_adapter_and_its_scales_are_trained_together_and_shipped(base: Path, data: Path, tmp_path: Path) -> None:
+    run = train(aware(base, data, tmp_path / "run", tune="both")).run
+    alone = train(aware(base, data, tmp_path / "alone")).run
+    both, one = ([line["loss"] for line in each.metrics() if "loss" in line] for each in (run, alone))
+    assert both[0] == one[0]  # all factors are 1 at first
+    assert both[-1] != one[-1]
+    prepared = exporting.prepare(str(run.path), out=tmp_path / "file.gguf")
+    exporting.export(prepared, Silent())
+    assert check_codes(prepared.origin.source, tmp_path / "file.gguf")[0].ok
+    with pytest.raises(UsageError, match="trained the scales"):
+        exporting.prepare(str(run.path), "gguf-q8_0", out=tmp_path / "other.gguf")
+    scales = [scales_of(each, "model.layers.0.mlp.up_proj.weight") for each in (run, alone)]
+    assert not torch.equal(*scales)
+
+
+def test_gradients_of_scales_are_those_of_rounding_as_the_identity() -> None:
+    torch.manual_seed(0)
+    weight, a, b = torch.randn(48, 64) * 0.1, torch.randn(4, 64), torch.randn(48, 4) * 0.1
+    x, change = torch.randn(7, 64), (torch.randn(48, 2) * 0.05).requires_grad_()
+    merged = Merged(GgmlGrid("Q4_0"), weight, a, b, 0.5, change)
+    RoundedLinear.apply(x, merged, a, b, change, None).square().sum().backward()
+    plain = Merged(GgmlGrid("Q4_0"), weight, a, b, 0.5).rounded()
+    factors = change.detach().clone().requires_grad_()
+    scaled = (plain.view(48, 2, 32) * (1 + factors).unsqueeze(-1)).view(48, 64)
+    torch.testing.assert_close(merged.rounded(), scaled, rtol=1e-3, atol=1e-6)  # the scale is a float16 number
+    (x @ scaled.t()).square().sum().backward()
+    torch.testing.assert_close(change.grad, factors.grad, rtol=5e-3, atol=5e-2)
+    assert torch.equal(merged.grid.unpack(merged.pack(), 64), merged.rounded())  # type: ignore[attr-defined]
+
+
+def test_layers_rounded_together_are_those_rounded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgeft.train import rounded
+
+    torch.manual_seed(0)
+
+    def layers() -> list[Merged]:
+        torch.manual_seed(1)
+        grids = [GgmlGrid("Q4_0"), GgmlGrid("Q8_0")]
+        return [
+            Merged(grids[rows > 40], torch.randn(rows, 64), torch.randn(2, 64), torch.randn(rows, 2), 0.5)
+            for rows in (8, 24, 40, 48, 8)
+        ]
+
+    alone = [layer.rounded() for layer in layers()]
+    monkeypatch.setattr(rounded, "_AT_ONCE", 2048)  # one layer in two parts, and several groups
+    together = layers()
+    for layer in together:
+        layer.together = together
+    assert all(torch.equal(layer.rounded(), other) for layer, other in zip(together, alone, strict=True))
+    assert all(layer.current for layer in together)
+
+
+def scales_of(run: Run, name: str) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    packed: torch.Tensor = load_file(run.packed / "weights.safetensors")[name]
+    return packed.view(len(packed), -1, 18)[:, :, :2].contiguous().view(torch.float16)
 
 
 def test_limits_of_a_file_that_is_the_graph_leave_room_for_8_bit_activations() -> None:

@@ -48,8 +48,8 @@ Examples:
 @click.option("--quantize-after", type=float, help="With --for: share of the steps before rounding begins. Default: 0.")
 @click.option(
     "--tune",
-    type=click.Choice(["adapter", "scales"]),
-    help="With --for: an adapter, or the scales of the rounded base's blocks. Default: adapter.",
+    type=click.Choice(["adapter", "scales", "both"]),
+    help="With --for: an adapter, the scales of the rounded base's blocks, or both. Default: adapter.",
 )
 @click.option(
     "--teacher", type=float, help="With --for: share of the loss that keeps to the unrounded model. Default: 0."

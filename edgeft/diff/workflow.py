@@ -167,7 +167,8 @@ def _open(side: Side, wanted: Wanted, progress: Progress) -> Session:
         return open_session(
             str(wanted.base), wanted.runtime, progress=progress, adapters=[AdapterScale(side.path)]
         ).session
-    return open_session(str(side.path), AUTO if side.header is None else wanted.runtime, progress=progress).session
+    runtime = AUTO if side.header is None else wanted.runtime
+    return open_session(str(side.path), runtime, progress=progress, needs="scores").session
 
 
 def _same_tokenizer(a: Session, b: Session) -> bool:

@@ -7,8 +7,7 @@ several times as long (docs/quantization-aware.md). edgeft.models.torch_grid has
 from __future__ import annotations
 
 import ctypes
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -18,11 +17,7 @@ from torch import Tensor
 from edgeft.errors import ModelError, UnsupportedModel
 from edgeft.models import ggml_rows, torch_grid
 from edgeft.models.gguf_header import TENSOR_TYPES
-
-_SLAB = 1 << 16
-"""Weights that a thread rounds at once: 256 kB of float32 there and back stay in a core's cache."""
-
-_LOCAL = threading.local()
+from edgeft.models.slabs import Part, address, in_slabs, scratch
 
 
 class GgmlGrid:
@@ -46,16 +41,24 @@ class GgmlGrid:
 
     def values(self, weights: Tensor, out: Tensor) -> None:
         """See `edgeft.train.grids.Grid`."""
-        if weights.device.type != "cpu":
-            out.copy_(torch_grid.values(self.name, weights))
-            return
-        _in_slabs(weights, lambda start, stop: self._round(weights, out, start, stop))
+        self.values_of([(weights, out, None)])
 
-    def pack(self, weights: Tensor) -> Tensor:
+    def values_of(self, parts: Sequence[Part]) -> None:
+        """See `edgeft.train.grids.Grid`."""
+        if parts[0][0].device.type == "cpu":
+            in_slabs([part[0] for part in parts], lambda which, *rows: self._round(*parts[which], *rows))
+            return
+        for weights, out, factors in parts:
+            if factors is None:
+                out.copy_(torch_grid.values(self.name, weights))
+            else:
+                out.copy_(self.unpack(self.pack(weights, factors), weights.shape[1]))
+
+    def pack(self, weights: Tensor, factors: Tensor | None = None) -> Tensor:
         """See `edgeft.train.grids.Grid`. Raises: ModelError when a scale does not fit into 16 bits."""
-        weights = weights.detach().cpu()
+        weights, factors = weights.detach().cpu(), None if factors is None else factors.detach().cpu()
         packed = torch.empty(len(weights), self.row_bytes(weights.shape[1]), dtype=torch.uint8)
-        _in_slabs(weights, lambda start, stop: self._pack(weights, packed, start, stop))
+        in_slabs([weights], lambda _, *rows: self._pack(weights, packed, factors, *rows))
         if not _library().ggml_validate_row_data(self.id, packed.data_ptr(), packed.numel()):
             raise ModelError(f"weights are not finite, or too large for {self.name}", "Train with a lower rate.")
         return packed
@@ -66,55 +69,29 @@ class GgmlGrid:
         self._read(packed.data_ptr(), out.data_ptr(), out.numel())
         return out
 
-    def _pack(self, weights: Tensor, packed: Tensor, start: int, stop: int) -> None:
+    def _pack(self, weights: Tensor, packed: Tensor, factors: Tensor | None, start: int, stop: int) -> None:
         rows, columns = stop - start, weights.shape[1]
-        self._quantize(self.id, _address(weights, start), _address(packed, start), 0, rows, columns, None)
+        self._quantize(self.id, address(weights, start), address(packed, start), 0, rows, columns, None)
+        if factors is not None:
+            self._rescale(packed[start:stop], factors[start:stop])
 
-    def _round(self, weights: Tensor, out: Tensor, start: int, stop: int) -> None:
+    def _round(self, weights: Tensor, out: Tensor, factors: Tensor | None, start: int, stop: int) -> None:
         rows, columns = stop - start, weights.shape[1]
         count = rows * columns
-        stored, wide = _scratch(rows * self.row_bytes(columns), 4 * count)
-        self._quantize(self.id, _address(weights, start), stored, 0, rows, columns, None)
+        stored, wide = scratch(rows * self.row_bytes(columns), 4 * count)
+        self._quantize(self.id, address(weights, start), stored.data_ptr(), 0, rows, columns, None)
+        if factors is not None:
+            self._rescale(stored[: rows * self.row_bytes(columns)], factors[start:stop])
         if out.dtype == torch.float32:
-            self._read(stored, _address(out, start), count)
+            self._read(stored.data_ptr(), address(out, start), count)
             return
-        self._read(stored, wide, count)
-        self._narrow(wide, _address(out, start), count)
+        self._read(stored.data_ptr(), wide.data_ptr(), count)
+        self._narrow(wide.data_ptr(), address(out, start), count)
 
-
-def _in_slabs(weights: Tensor, work: Any) -> None:
-    """Call `work(first row, end)` for all slabs, on as many threads as torch uses."""
-    assert weights.is_contiguous() and weights.dtype == torch.float32
-    step = max(1, _SLAB // weights.shape[1])
-    spans = [(start, min(start + step, len(weights))) for start in range(0, len(weights), step)]
-    threads = min(torch.get_num_threads(), len(spans))
-    if threads < 2:
-        for span in spans:
-            work(*span)
-        return
-
-    def share(first: int) -> None:
-        for span in spans[first::threads]:
-            work(*span)
-
-    list(_pool(threads).map(share, range(threads)))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="edgeft-quantize")
-
-
-def _address(tensor: Tensor, row: int) -> int:
-    return int(tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size())
-
-
-def _scratch(*sizes: int) -> list[int]:
-    """Addresses of this thread's buffers of so many bytes."""
-    held = getattr(_LOCAL, "held", None)
-    if held is None or any(buffer.numel() < size for buffer, size in zip(held, sizes, strict=True)):
-        held = _LOCAL.held = [torch.empty(size, dtype=torch.uint8) for size in sizes]
-    return [buffer.data_ptr() for buffer in held]
+    def _rescale(self, packed: Tensor, factors: Tensor) -> None:
+        """Multiply the scales of packed rows, in place; for types whose blocks begin with their one scale."""
+        scales = packed.view(torch.float16).view(-1, self.block_bytes // 2)[:, 0]
+        scales.copy_(scales.float().mul_(factors.reshape(-1)))
 
 
 @cache

@@ -133,6 +133,14 @@ class OnnxFile:
         wide *= scales[:, :, None]
         return wide.reshape(rows, -1)[:, :columns]
 
+    def packed_rows(self, tensor: OnnxTensor) -> NDArray[np.uint8]:
+        """Codes, scales and zero points of a quantized tensor's rows, as `edgeft.models.nbits` packs them."""
+        import numpy as np
+
+        rows = tensor.shape[0]
+        parts = [np.ascontiguousarray(self._array(part)).view(np.uint8).reshape(rows, -1) for part in tensor.parts]
+        return np.concatenate(parts, 1)
+
     def _array(self, name: str) -> Any:
         import numpy as np
 

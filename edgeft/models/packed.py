@@ -29,7 +29,7 @@ class Packed:
     target: str
     """The export target that these are weights of."""
     types: Mapping[str, str]
-    """Hugging Face name -> type, such as Q4_0."""
+    """Hugging Face name -> type, such as Q4_0 or INT4."""
 
     @property
     def weights(self) -> Path:
@@ -67,13 +67,24 @@ def fill(model: Any, packed: Packed) -> None:
     import torch
     from safetensors import safe_open
 
-    from edgeft.models.ggml_grid import GgmlGrid
-
     parameters = dict(model.named_parameters())
     try:
         with safe_open(packed.weights, "pt") as stored, torch.no_grad():
             for name, kind in packed.types.items():
                 weight = parameters[name]
-                weight.copy_(GgmlGrid(kind).unpack(stored.get_tensor(name), weight.shape[1]))
+                weight.copy_(grid_of(kind).unpack(stored.get_tensor(name), weight.shape[1]))
     except (OSError, KeyError, RuntimeError) as error:
         raise ModelError(f"{packed.weights} does not go into the model: {error}") from error
+
+
+def grid_of(kind: str) -> Any:
+    """What rounds to the type and reads it (`edgeft.train.grids.Grid`). Raises: MissingDependency, UnsupportedModel."""
+    from edgeft.models.nbits import KINDS
+
+    if kind in KINDS:
+        from edgeft.models.nbits_grid import NBitsGrid
+
+        return NBitsGrid(kind)
+    from edgeft.models.ggml_grid import GgmlGrid
+
+    return GgmlGrid(kind)

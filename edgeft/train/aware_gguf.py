@@ -17,8 +17,7 @@ from torch import Tensor
 
 from edgeft import plugins
 from edgeft.errors import UnsupportedModel
-from edgeft.models.ggml_grid import GgmlGrid
-from edgeft.models.packed import write_packed
+from edgeft.models.packed import grid_of, write_packed
 from edgeft.plugins import ConvertOptions, Source
 from edgeft.train import fused
 from edgeft.train.aware import Aware
@@ -26,6 +25,9 @@ from edgeft.train.config import TrainConfig
 from edgeft.train.rounded import Merged, RoundedLinear
 
 _FLOATS = ("F32", "F16", "BF16")
+
+SCALES = "scale_change"
+"""Parameter of a layer with an adapter: t in d = d₀ · (1 + t), of its blocks' scales."""
 
 
 def make(config: TrainConfig, model: Any, base: Path, steps: int) -> Aware:
@@ -36,7 +38,10 @@ def make(config: TrainConfig, model: Any, base: Path, steps: int) -> Aware:
         from edgeft.train.scales import TunedScales
 
         return TunedScales(config.target, kinds, model)
-    return RoundedAdapters(config.target, kinds, first_rounded(config.quantize_after, steps))
+    aware = RoundedAdapters(config.target, kinds, first_rounded(config.quantize_after, steps))
+    if config.tune == "both":
+        aware.add_scales(model)
+    return aware
 
 
 def first_rounded(share: float, steps: int) -> int:
@@ -85,12 +90,26 @@ class RoundedAdapters:
             begin: the first step that computes with rounded weights.
         """
         self.target, self._kinds, self._begin = target, kinds, begin
-        self._grids = {kind: GgmlGrid(kind) for kind in set(kinds.values())}
+        self._grids = {kind: grid_of(kind) for kind in set(kinds.values())}
         self.layers: dict[str, Merged] = {}
         self._constants: dict[str, Tensor] = {}
         self._packed: dict[str, Tensor] = {}
         self._step = -1
         self.ships = False
+
+    def add_scales(self, model: Any) -> None:
+        """Give every layer with an adapter a trained factor per block.
+
+        Raises: UnsupportedModel when a layer's type has more than one scale per block.
+        """
+        from edgeft.train.scales import check_scaled
+
+        for name, module in model.named_modules():
+            if fused.is_plain_adapter(module):
+                grid = self._grids[check_scaled(f"{stored_name(name)}.weight", self._kinds)]
+                rows, columns = module.get_base_layer().weight.shape
+                change = torch.zeros(rows, columns // grid.block, device=module.get_base_layer().weight.device)
+                module.register_parameter(SCALES, torch.nn.Parameter(change))
 
     def install(self, model: Any) -> None:
         """See `edgeft.train.aware.Aware`."""
@@ -101,20 +120,24 @@ class RoundedAdapters:
             known = stored_name(name)
             if known in self._kinds and known not in self.layers:
                 self._constants[known] = parameter
+        together = tuple(self.layers.values())
+        for merged in together:
+            merged.together = together
         if missing := set(self._kinds) - set(self.layers) - set(self._constants):
             raise UnsupportedModel(f"the model has no parameter {sorted(missing)[0]}, which {self.target} quantizes")
 
     def _install_layer(self, name: str, module: Any) -> None:
         adapter, layer = module.active_adapters[0], module.get_base_layer()
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        merged = Merged(self._grids[self._kinds[name]], layer.weight, a, b, module.scaling[adapter])
+        change = getattr(module, SCALES, None)
+        merged = Merged(self._grids[self._kinds[name]], layer.weight, a, b, module.scaling[adapter], change)
         exact = module.forward
 
         def forward(layer_: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
             if not self.ships:
                 result: Tensor = exact(x)
                 return result
-            result = RoundedLinear.apply(x, merged, a, b, layer.bias)
+            result = RoundedLinear.apply(x, merged, a, b, change, layer.bias)
             return result
 
         module.forward = types.MethodType(forward, module)

@@ -17,8 +17,9 @@ Method = Literal["qlora", "lora", "full", "gguf"]
 
 Scheduler = Literal["cosine", "linear", "constant"]
 
-Tune = Literal["adapter", "scales"]
-"""What a run for a target trains: an adapter that is merged and rounded, or the scales of the rounded base's blocks."""
+Tune = Literal["adapter", "scales", "both"]
+"""What a run for a target trains: an adapter that is merged and rounded, the scales of the rounded base's blocks, or an
+adapter and the scales of what it is rounded to."""
 
 # All weights of a small model can move little before it forgets; a fresh adapter has to move far. Scales are trained as
 # factors: half a percent per step.
@@ -111,7 +112,7 @@ class TrainConfig:
             raise UsageError(f"nothing to tune is called {self.tune!r}", f"There are: {', '.join(get_args(Tune))}.")
         if self.target is None:
             if self.tune != "adapter":
-                raise UsageError("--tune scales needs the file whose scales are meant", "Add --for gguf-q4_0.")
+                raise UsageError(f"--tune {self.tune} needs the file whose scales are meant", "Add --for gguf-q4_0.")
             if self.teacher or self.quantize_after:
                 raise UsageError("nothing is rounded in training without a target", "Add --for gguf-q4_0.")
             return

@@ -7,7 +7,7 @@ A grid is the set of values that one tensor of a file can hold, with the rule th
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,7 +35,13 @@ class Grid(Protocol):
             out: the same shape, float32 or bfloat16, contiguous.
         """
 
-    def pack(self, weights: Tensor) -> Tensor:
+    def values_of(self, parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        """`values` of several (weights, out, factors) at once.
+
+        Factors, (rows, blocks per row), float32, multiply the scales that the rule finds, before these are stored.
+        """
+
+    def pack(self, weights: Tensor, factors: Tensor | None = None) -> Tensor:
         """The rows as the file stores them, (rows, bytes per row), uint8: of the very values that `values` gives."""
 
 
@@ -48,7 +54,7 @@ class Trainable:
     methods: tuple[str, ...] = ("lora",)
     """Training methods it goes with, the default first."""
     scales: bool = True
-    """Whether `--tune scales` is there."""
+    """Whether `--tune scales` and `--tune both` are there."""
     teacher: bool = True
     """Whether `--teacher` is: an adapter that is rounded can also be computed with unrounded."""
 
@@ -60,6 +66,7 @@ TARGETS: Mapping[str, Trainable] = {
     "gguf-q4_0": _GGML,
     "gguf-q4_1": Trainable("edgeft.train.aware_gguf:make", scales=False),
     "gguf-q8_0": _GGML,
+    "onnx-q4": Trainable("edgeft.train.aware_onnx:make", scales=False),
     "gguf-tq2_0": _TERNARY,
     "gguf-tq1_0": _TERNARY,
 }
@@ -88,7 +95,7 @@ def check_target(config: TrainConfig) -> None:
         )
     if not 0 <= config.quantize_after < 1:
         raise UsageError(f"quantize-after must be from 0 to below 1, not {config.quantize_after}")
-    if config.tune == "scales" and not known.scales:
+    if config.tune != "adapter" and not known.scales:
         raise UsageError(f"{config.target} has no scales to tune")
     if not 0 <= config.teacher < 1:
         raise UsageError(f"teacher must be from 0 to below 1, not {config.teacher}")

@@ -19,11 +19,22 @@ from torch.nn import functional
 from edgeft.errors import UnsupportedModel
 from edgeft.models.ggml_grid import GgmlGrid
 from edgeft.models.packed import write_packed
+from edgeft.train.rounded import scale_gradient
 
 SCALED = ("Q4_0", "Q8_0")
 """Types whose blocks begin with their one float16 scale (`ggml-common.h`)."""
 
 _SCALE_BYTES = 2
+
+
+def check_scaled(name: str, kinds: Mapping[str, str]) -> str:
+    """The tensor's type. Raises: UnsupportedModel when its blocks have more than one scale."""
+    if kinds[name] not in SCALED:
+        raise UnsupportedModel(
+            f"{name} is stored as {kinds[name]}, whose blocks have more than a scale",
+            "Leave out --tune, or train for gguf-q4_0.",
+        )
+    return kinds[name]
 
 
 class ScaledLinear(torch.nn.Module):  # type: ignore[misc]
@@ -66,7 +77,7 @@ class _ScaledProduct(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, x: Tensor, layer: ScaledLinear, change: Tensor) -> Tensor:
         weight = layer.dense()
         ctx.save_for_backward(x, change)
-        ctx.weight, ctx.block = weight, layer.grid.block
+        ctx.weight = weight
         return functional.linear(x, weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
     @staticmethod
@@ -74,9 +85,7 @@ class _ScaledProduct(torch.autograd.Function):  # type: ignore[misc]
         x, change = ctx.saved_tensors
         weight = ctx.weight.to(x.dtype)
         flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
-        # d0 · code is the weight itself without what was changed so far.
-        products = (grad.t() @ flat).mul_(weight).view(len(weight), -1, ctx.block)
-        grad_change = products.sum(-1, dtype=torch.float32).div_(1 + change)
+        grad_change = scale_gradient(grad, flat, weight, change)
         grad_x = (grad @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
         return grad_x, None, grad_change
 
@@ -97,17 +106,13 @@ class TunedScales:
         parameters = dict(model.named_parameters())
         for name, kind in kinds.items():
             if name in linear and ".layers." in name:
-                self._scale(model, name, linear[name], kind)
+                self._scale(model, name, linear[name])
             else:
                 self._constants[name] = self._round(parameters[name], GgmlGrid(kind))
 
-    def _scale(self, model: Any, name: str, path: str, kind: str) -> None:
-        if kind not in SCALED:
-            raise UnsupportedModel(
-                f"{name} is stored as {kind}, whose blocks have more than a scale", "Leave out --tune scales."
-            )
+    def _scale(self, model: Any, name: str, path: str) -> None:
         parent, _, attribute = path.rpartition(".")
-        layer = ScaledLinear(model.get_submodule(path), GgmlGrid(kind))
+        layer = ScaledLinear(model.get_submodule(path), GgmlGrid(check_scaled(name, self._kinds)))
         setattr(model.get_submodule(parent), attribute, layer)
         self._layers[name] = layer
 

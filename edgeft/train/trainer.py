@@ -264,6 +264,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         moments = _read(checkpoint, "optimizer.safetensors")
         state = _state(checkpoint)
         for name, parameter in self.trained_weights().items():
+            if f"{name}|step" not in moments:
+                continue  # it had no gradient yet
             entries = {key: moments[f"{name}|{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             # Adam keeps its step counter wherever it made it; the moments live with their parameter.
             self.optimizer.state[parameter] = {

@@ -262,7 +262,7 @@ def _trainer(
 
     transformers.set_seed(config.seed)
     model = load_base(base, config, hardware, gguf)
-    if config.method != "full" and config.tune == "adapter":
+    if config.method != "full" and config.tune != "scales":
         model = add_adapter(model, config, base)
     aware = None
     if config.target is not None:
@@ -361,7 +361,15 @@ def _save_result(run: Run, trainer: PackedTrainer, ready: Prepared) -> None:
     if ready.config.method == "full":
         _save_folder(run.path / "model", lambda folder: _save_model(folder, trainer, ready))
     else:
-        _save_folder(run.path / "adapter", lambda folder: trainer.model.save_pretrained(folder))
+        _save_folder(run.path / "adapter", lambda folder: _save_adapter(folder, trainer.model))
+
+
+def _save_adapter(folder: Path, model: Any) -> None:
+    """What PEFT knows; trained scales are in packed/."""
+    from edgeft.train.aware_gguf import SCALES
+
+    known = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(f".{SCALES}")}
+    model.save_pretrained(folder, state_dict=known)
 
 
 def _save_model(folder: Path, trainer: PackedTrainer, ready: Prepared) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeft.artifact import size_of
-from edgeft.errors import EdgeftError
+from edgeft.errors import EdgeftError, UnsupportedModel
 from edgeft.models.gguf_header import read_header
 from edgeft.plugins import AdapterScale, Session, Source
 from edgeft.run import Run
@@ -74,6 +74,8 @@ def _trained(parts: Parts) -> tuple[LogProbs, int | None]:
 
 
 def _tensors(parts: Parts, reference: TorchReference) -> Reference:
+    if parts.artifact.suffix != ".gguf" and not (parts.artifact / "genai_config.json").is_file():
+        raise UnsupportedModel(f"edgeft does not read the weights inside {parts.artifact.name}")
     if parts.artifact.is_dir():
         from edgeft.verify.onnx_tensors import load_onnx_tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from edgeft.chat import ChatTemplate
 from edgeft.errors import ModelError
 from edgeft.models.gguf_header import GgufHeader, read_header
 from edgeft.models.gguf_stops import stop_token_ids
+from edgeft.models.litertlm import is_litertlm, read_litertlm
 from edgeft.models.text import load_text_side
 
 
@@ -24,25 +26,31 @@ class FileFacts:
     """Bits that make the weights exact, for the limits: a float32 scale says no more than a 16-bit one."""
 
 
-_PRECISION = {"int4": 4.5, "int8": 8.5, "fp32": 32.0}
-"""ONNX type -> bits of the GGUF type with the same codes (Q4_0, Q8_0)."""
+_PRECISION = {"int4": 4.5, "int8": 8.5, "fp16": 16.0, "fp32": 32.0}
+"""ONNX, LiteRT or ExecuTorch type -> bits of the GGUF type with the same codes (Q4_0, Q8_0)."""
 
 
 def read_facts(artifact: Path) -> FileFacts:
-    """Facts of a GGUF, from its header, or of an ONNX directory, from its tokenizer's files and its manifest.
+    """Facts of a GGUF, from its header, or of another model, from its tokenizer's files and its manifest.
 
     Raises:
         ModelError: a file is missing or cannot be read.
     """
-    return _of_directory(artifact) if artifact.is_dir() else _of_gguf(read_header(artifact))
+    if artifact.is_dir():
+        return _of_text_side(artifact, artifact)
+    if is_litertlm(artifact):
+        with tempfile.TemporaryDirectory(prefix="edgeft-") as name:
+            read_litertlm(artifact).write_text_side(Path(name))
+            return _of_text_side(artifact, Path(name))
+    return _of_gguf(read_header(artifact))
 
 
-def _of_directory(folder: Path) -> FileFacts:
-    manifest = read_manifest(folder)
+def _of_text_side(artifact: Path, folder: Path) -> FileFacts:
+    manifest = read_manifest(artifact)
     if manifest is None:
         raise ModelError(
-            f"{folder} has no manifest beside it, which says how many bits its weights have",
-            f"Copy {folder.name}.json too, or export the model again.",
+            f"{artifact} has no manifest beside it, which says how many bits its weights have",
+            f"Copy {artifact.name}.json too, or export the model again.",
         )
     side = load_text_side(folder)
     return FileFacts(side.template, side.eos_tokens, manifest.bits_per_weight, _precision(manifest))
