@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "bench": ("matplotlib",),
     "cascade": ("keyring",),
     "onnx": ("onnxruntime", "onnxruntime_genai", "numpy", "jinja2", "tokenizers"),
+    "litert": ("litert_lm", "ai_edge_litert", "numpy", "jinja2", "tokenizers"),
     "onnx-export": ("onnx", "onnx_ir", "torch", "transformers"),
 }
 """Extra -> the modules it brings, as in pyproject.toml (a test compares the two)."""

@@ -20,12 +20,20 @@ if TYPE_CHECKING:
 Family = Literal["converters", "runtimes", "devices"]
 
 BUILT_IN: Mapping[Family, Mapping[str, str]] = {
-    "converters": {"gguf": "edgeft.converters.gguf:converter", "onnx": "edgeft.converters.onnx:converter"},
+    "converters": {
+        "gguf": "edgeft.converters.gguf:converter",
+        "onnx": "edgeft.converters.onnx:converter",
+        "litert": "edgeft.converters.litert:converter",
+        "executorch": "edgeft.converters.executorch:converter",
+    },
     "runtimes": {
         "llama-cpp-python": "edgeft.runtimes.llama_cpp_python:runtime",
         "xllamacpp": "edgeft.runtimes.xllamacpp:runtime",
         "onnxruntime-genai": "edgeft.runtimes.onnxruntime_genai:runtime",
         "onnxruntime": "edgeft.runtimes.onnxruntime:runtime",
+        "litert-lm": "edgeft.runtimes.litert_lm:runtime",
+        "litert": "edgeft.runtimes.litert:runtime",
+        "executorch": "edgeft.runtimes.executorch:runtime",
         "transformers": "edgeft.runtimes.transformers:runtime",
         "openai": "edgeft.runtimes.openai:runtime",
         "llama-server": "edgeft.runtimes.llama_server:runtime",
@@ -67,6 +75,8 @@ class Target:
     runtimes: tuple[str, ...]
     directory: bool = False
     """Whether the artifact is a folder, not a file."""
+    suffix: str = ""
+    """What its name ends with, where that is not the converter's own name."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,15 @@ from edgeft.paths import parse_json
 class HfText:
     """Tokens of text, text of tokens, and which tokens end an answer."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises: ModelError when a file is missing or damaged; MissingDependency without `tokenizers`."""
+    def __init__(self, folder: Path, *, shown: Path | None = None) -> None:
+        """
+        Args:
+            shown: the file that errors name, when `folder` only holds what was unpacked from it.
+
+        Raises: ModelError when a file is missing or damaged; MissingDependency without `tokenizers`.
+        """
         require("tokenizers", "onnx")
-        self._folder = folder
+        self._folder = shown or folder
         self._side = load_text_side(folder)
         self._tokenizer = self._side.tokenizer
         self._special = {
@@ -59,6 +64,18 @@ class HfText:
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         return b"".join(self.piece(token) for token in tokens).decode("utf-8", "replace")
+
+    @property
+    def size(self) -> int:
+        """Tokens of the vocabulary, those added to it included."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def spell(self, tokens: Sequence[int]) -> str:
+        """The text of tokens with control tokens written out."""
+        return b"".join(
+            str(self._tokenizer.id_to_token(token)).encode() if token in self._special else self.piece(token)
+            for token in tokens
+        ).decode("utf-8", "replace")
 
     def piece(self, token: int) -> bytes:
         """Bytes of one token; a control token has none."""

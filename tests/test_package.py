@@ -489,6 +489,14 @@ def test_ollama_gets_a_file_it_understands(tmp_path: Path) -> None:
     assert not (folder / "install.sh").exists()
 
 
+def test_assets_of_a_format_that_no_wheel_runs(tmp_path: Path) -> None:
+    made = model(tmp_path / "m")
+    phone = made.rename(made.with_name("pet.litertlm"))
+    out = tmp_path / "app"
+    assert main(["package", str(phone), "--format", "assets", "--out", str(out)]) == 0
+    assert 'noCompress += "litertlm"' in next(out.glob("README*")).read_text()
+
+
 # --- Services ---------------------------------------------------------------
 
 

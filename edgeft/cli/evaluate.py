@@ -64,13 +64,14 @@ def evaluate(
     wanted = _metrics(metrics)
     from edgeft.data.load import load_split
     from edgeft.evaluate import evaluate_file
-    from edgeft.plugins import LoadOptions
+    from edgeft.plugins import Capability, LoadOptions
     from edgeft.sessions import open_session
 
     examples = load_split(data, split)[:limit]
     progress = ConsoleProgress()
     scaled = [parse_adapter(adapter) for adapter in adapters]
-    opened = open_session(model, runtime, LoadOptions(threads=threads), progress, adapters=scaled)
+    needs: Capability | None = "scores" if "nll" in wanted else None
+    opened = open_session(model, runtime, LoadOptions(threads=threads), progress, adapters=scaled, needs=needs)
     note(f"runtime: {opened.runtime} ({opened.reason})")
     with opened.session as session:
         figures, predictions = evaluate_file(session, opened.artifact.path, examples, metrics=wanted, progress=progress)

@@ -332,7 +332,7 @@ def _verify(origin: Origin, parameters: int, artifact: Artifact) -> list[Finding
         return []
     file = source.gguf if lone and source.gguf else artifact.path
     try:
-        opened = open_session(str(file), adapters=[AdapterScale(artifact.path)] if lone else ())
+        opened = open_session(str(file), adapters=[AdapterScale(artifact.path)] if lone else (), needs="scores")
     except MissingDependency as error:
         note(f"note: not verified, no runtime can load the file: {error.message}")
         return []

@@ -63,6 +63,7 @@ def package(
         raise UsageError("what is to be packed?", "edgeft package MODEL --device NAME")
     from edgeft.package import build
 
+    flags["no_wheels"] = flags["no_wheels"] or format_ in ("assets", "ollama")  # these bring their own runtime
     request = _request(model, **flags)
     place = out or Path(f"{request.name}-{request.target.device}")
     content = build.plan(request)
@@ -103,7 +104,7 @@ def _request(
     return Request(
         model=path,
         target=target_of(device, architecture, python, glibc),
-        name=name or path.name.removesuffix(".gguf").lower(),
+        name=name or path.name.removesuffix(".gguf").removesuffix(".litertlm").lower(),
         version=version or default_version(),
         adapters=adapters,
         question=question,

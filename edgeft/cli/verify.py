@@ -102,7 +102,7 @@ def verify(
         note(f"note: {text}")
     # A ledger's stages belong to one set of examples.
     whole = examples is None and (origin.run is None or (data is None and split is None))
-    opened = open_session(str(file), runtime, progress=progress, adapters=adapters)
+    opened = open_session(str(file), runtime, progress=progress, adapters=adapters, needs="scores")
     with opened.session as session:
         report = verify_file(
             Parts(origin.source, opened.artifact.path, session, adapters, origin.run, opened.runtime, quick, trained),

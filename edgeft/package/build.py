@@ -88,7 +88,7 @@ def _format(artifact: Artifact) -> str:
     if artifact.manifest:
         return artifact.manifest.format
     if artifact.path.is_file():
-        return "gguf"
+        return "litertlm" if artifact.path.suffix == ".litertlm" else "gguf"
     raise ModelError(f"{artifact.path} has no manifest", "Bundles are made of artifacts: edgeft export.")
 
 

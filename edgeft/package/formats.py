@@ -233,7 +233,10 @@ def modelfile(bundle: Bundle, system: str | None) -> str:
 
 def _assets_text(bundle: Bundle, is_gguf: bool) -> str:
     programs = "llama.cpp's Android and iOS examples" if is_gguf else "an app with the engine of this format"
-    return _ASSETS.format(name=bundle.name, version=bundle.version, model=bundle.model, programs=programs)
+    suffix = Path(bundle.model).suffix.removeprefix(".") or "pte"  # a folder holds a program
+    return _ASSETS.format(
+        name=bundle.name, version=bundle.version, model=bundle.model, programs=programs, suffix=suffix
+    )
 
 
 _ASSETS = """\
@@ -243,7 +246,7 @@ Copy `{model}` into the app's files; {programs} opens it from there.
 
 * Android: `adb push` it to the app's folder for testing; in a release, download it at the first start or ship it as an
   asset pack. A compressed file inside the APK cannot be mapped into memory; in Gradle:
-  `androidResources {{ noCompress += "gguf" }}`.
+  `androidResources {{ noCompress += "{suffix}" }}`.
 * iOS: add it to the target as a folder reference, and open it by its path in the app's bundle.
 
 `bundle.json` has the SHA-256 of every file; compare after a download.

@@ -15,10 +15,11 @@ from edgeft.toolchain.environments import (
     status,
     toolchains_dir,
 )
-from edgeft.toolchain.worker import call
+from edgeft.toolchain.worker import WORKERS, call
 
 __all__ = [
     "TOOLCHAINS",
+    "WORKERS",
     "Status",
     "Toolchain",
     "call",

@@ -56,6 +56,37 @@ TOOLCHAINS: Mapping[str, Toolchain] = {
         "optimum_export.py",
         2100,
     ),
+    "litert": Toolchain(
+        "litert",
+        "LiteRT-LM files (.litertlm) for Android, iOS and desktops.",
+        (
+            "litert-torch==0.10.0",
+            "ai-edge-litert==2.3.0",
+            "ai-edge-quantizer==0.10.0",
+            "litert-converter==0.5.0",  # x86-64 only
+            "litert-lm-builder==0.18.1",
+            "jax==0.10.2",
+            "jaxlib==0.10.2",
+            "torchao==0.18.0",
+            "torch==2.13.0",
+            "transformers==5.23.0",
+        ),
+        "litert_export.py",
+        2200,
+    ),
+    "executorch": Toolchain(
+        "executorch",
+        "ExecuTorch programs (.pte) for Android and iOS, and running them here.",
+        (
+            "executorch==1.5.1",
+            "torchao==0.18.0",
+            "pytorch-tokenizers==1.5.0",
+            "torch==2.13.0",
+            "transformers==5.23.0",
+        ),
+        "executorch_export.py",
+        1700,
+    ),
 }
 
 State = Literal["installed", "stale", "missing"]
