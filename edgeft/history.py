@@ -272,6 +272,47 @@ class History:
             ) from error
 
 
+def open_or_begin_anew(path: Path) -> tuple[History, Path | None]:
+    """The history; a damaged file is set aside and a new one begun.
+
+    Returns:
+        The history, and where the damaged file is now, if it was damaged.
+
+    Raises:
+        EdgeftError: the file cannot be used for another reason, such as a newer version or a full disk.
+    """
+    try:
+        return History(path), None
+    except EdgeftError as error:
+        if not _is_damage(error):
+            raise
+    aside = _set_aside(path)
+    return History(path), aside
+
+
+def _is_damage(error: EdgeftError) -> bool:
+    cause = error.__cause__
+    # The low byte is the primary code: https://sqlite.org/rescode.html
+    code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+    return isinstance(cause, sqlite3.DatabaseError) and code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename the file and what SQLite keeps beside it, under a name that is free."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    names = (path.with_name(f"{path.name}.damaged-{stamp}{more}") for more in ("", *(f"-{n}" for n in range(1, 1000))))
+    aside = next(name for name in names if not name.exists())
+    try:
+        path.rename(aside)
+        for suffix in ("-wal", "-shm"):
+            side = path.with_name(path.name + suffix)
+            if side.exists():
+                side.rename(aside.with_name(aside.name + suffix))
+    except OSError as error:
+        raise WriteError.from_os_error(error, path) from error
+    return aside
+
+
 @dataclass
 class Conversation:
     """What has been said so far, in memory and, with a history, in the file.

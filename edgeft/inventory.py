@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from edgeft import jobs
@@ -13,29 +12,15 @@ from edgeft.bundle import is_bundle, read_bundle
 from edgeft.device import load_profile
 from edgeft.device import names as device_names
 from edgeft.errors import EdgeftError
+from edgeft.item import KINDS, Item
 from edgeft.models.listing import stored_models
 from edgeft.run import Run, is_run
 
-KINDS = ("model", "run", "artifact", "adapter", "bundle", "job", "device")
 DEPTH = 3
 """Folders below the one looked into."""
 FOLDERS = 2000
 """At most; a folder with more is not a place to look for models in."""
 _SKIPPED = frozenset({"node_modules", "site-packages", "__pycache__", "checkpoints", "adapter", "packed", "venv"})
-
-
-@dataclass(frozen=True)
-class Item:
-    """One thing, as a list shows it."""
-
-    kind: str
-    """One of `KINDS`."""
-    name: str
-    """What commands take."""
-    state: str
-    detail: str
-    next: tuple[str, ...]
-    """Arguments of `edgeft`: what one would do next with it."""
 
 
 def inventory(folder: Path) -> list[Item]:

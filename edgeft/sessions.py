@@ -12,7 +12,7 @@ from edgeft.artifact import Artifact, manifest_path, open_artifact, read_manifes
 from edgeft.bundle import is_bundle, read_bundle
 from edgeft.errors import EdgeftError, MissingDependency, ModelError, PluginError, UsageError
 from edgeft.models import resolve
-from edgeft.plugins import AdapterScale, LoadOptions, Runtime, Session, Support
+from edgeft.plugins import AdapterScale, Capability, LoadOptions, Runtime, Session, Support, capabilities
 from edgeft.progress import Progress
 
 AUTO = "auto"
@@ -46,12 +46,14 @@ def open_session(
     progress: Progress | None = None,
     *,
     adapters: Sequence[AdapterScale] = (),
+    needs: Capability | None = None,
 ) -> Opened:
     """Load a model by reference, with adapters on it.
 
     Args:
         reference: anything `edgeft.models.resolve` understands that is, or was pulled as, a file a runtime runs.
         runtime: a runtime's name, or "auto": the first one that can run it.
+        needs: what "auto" must find in a runtime besides.
 
     Raises:
         UsageError, ModelError: the model cannot be found or read, or an adapter belongs to another.
@@ -62,7 +64,7 @@ def open_session(
         adapters = _bundled_adapters(reference)
     if artifact.manifest and artifact.manifest.format == "adapter":
         raise UsageError(f"{reference} is an adapter", f"Give its base, and --adapter {reference}.")
-    name, reason = choose(artifact) if runtime == AUTO else (runtime, "asked for")
+    name, reason = choose(artifact, needs) if runtime == AUTO else (runtime, "asked for")
     plugin: Runtime = plugins.load("runtimes", name)
     with _border(name):
         support = plugin.supports(artifact)
@@ -111,7 +113,7 @@ def _bundled_adapters(reference: str) -> list[AdapterScale]:
     return [AdapterScale(path / adapters[0])] if len(adapters) == 1 else []
 
 
-def choose(artifact: Artifact) -> tuple[str, str]:
+def choose(artifact: Artifact, needs: Capability | None = None) -> tuple[str, str]:
     """The first runtime that can run the artifact, and why.
 
     A binding compiled on this machine comes first: it uses instructions that a prebuilt wheel may not.
@@ -126,6 +128,8 @@ def choose(artifact: Artifact) -> tuple[str, str]:
             plugin: Runtime = plugins.load("runtimes", name)
             with _border(name):
                 support = plugin.supports(artifact)
+                if support.ok and needs is not None and needs not in capabilities(plugin):
+                    support = Support(False, f"{name} has no {needs}: {getattr(plugin, 'lacks', {}).get(needs)}")
         except (MissingDependency, PluginError) as error:
             support = Support(False, error.message, error.hint)
         if support.ok:

@@ -1,9 +1,11 @@
 """The screens, driven by keys, on the scripted runtime and real commands."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,21 +13,22 @@ from pathlib import Path
 import click
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import DataTable, Input, Static, TextArea
+from textual.widgets import DataTable, Input, Markdown, Static, TextArea
 
 from edgeft import jobs
 from edgeft.cli.main import VERBS, cli
 from edgeft.history import History
-from edgeft.inventory import KINDS, Item
+from edgeft.item import KINDS, Item
+from edgeft.jobs.store import read_state
 from edgeft.paths import history_file
-from edgeft.tui.actions import actions, general
+from edgeft.tui.actions import actions, first_steps, general
 from edgeft.tui.app import EdgeftApp
 from edgeft.tui.chat import ChatScreen
 from edgeft.tui.forms import FormScreen, arguments, fields, find_command, values_of
 from edgeft.tui.home import HomeScreen
 from edgeft.tui.jobs import JobScreen
 from edgeft.tui.output import OutputScreen
-from edgeft.tui.talk import Prompt, Said
+from edgeft.tui.talk import Prompt, Said, pieces
 
 ANSWER = "Some **bold** text:\n\n```python\nprint(1)\n```\n"
 Steps = Callable[[EdgeftApp, Pilot[None]], Awaitable[None]]
@@ -98,7 +101,7 @@ def test_every_action_is_a_command_that_the_command_line_takes() -> None:
     items += [Item("job", "j", state, "", ("jobs", "watch", "j")) for state in ("running", "done", "failed", "lost")]
     items += [Item("device", "rpi5-8g", "known", "", ("devices", "show", "rpi5-8g"))]
     assert {item.kind for item in items} == set(KINDS)
-    for action in [*general(), *(action for item in items for action in actions(item))]:
+    for action in [*general(), *first_steps(), *(action for item in items for action in actions(item))]:
         command, names, words = find_command(cli, action.command)
         assert names and names[0] in VERBS, action
         values = values_of(command, words)
@@ -136,7 +139,19 @@ def test_home_shows_what_is_here_and_does_the_next_step(folder: Path) -> None:
         await pilot.press("enter")
         await until(pilot, lambda: isinstance(app.screen, JobScreen))
         await pilot.press("escape", "escape")
-        await until(pilot, lambda: app.screen is home and len(home._shown) > 1)
+        await until(pilot, lambda: len(home._shown) > 1 and app.screen is home)
+
+    drive(steps)
+
+
+def test_an_empty_home_says_how_to_begin(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        welcome = app.screen.query_one("#welcome", Static)
+        assert all(action.line in str(welcome.render()) for action in first_steps())
+        assert welcome.display and welcome.region.bottom <= 22 and app.screen.query_one(DataTable).size.height >= 3
+        (folder / "mine.gguf").write_bytes(b"GGUF")
+        await pilot.press("r")
+        await until(pilot, lambda: not welcome.display)
 
     drive(steps)
 
@@ -145,7 +160,7 @@ def test_a_form_follows_what_is_typed_and_starts_a_job(folder: Path) -> None:
     async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
         await pilot.press("n")
         await pilot.pause()
-        await pilot.press("down", "enter")  # check a data set
+        await pilot.press("down", "down", "enter")  # look at data of your own
         await until(pilot, lambda: isinstance(app.screen, FormScreen))
         form = app.screen
         assert isinstance(form, FormScreen)
@@ -272,18 +287,51 @@ def test_a_model_that_dies_loses_nothing_and_comes_back(folder: Path) -> None:
     drive(steps)
 
 
-def test_a_damaged_history_is_said_and_the_conversation_goes_on(folder: Path) -> None:
+def test_a_damaged_history_is_set_aside_and_a_new_one_begun(folder: Path) -> None:
     history_file().parent.mkdir(parents=True, exist_ok=True)
     history_file().write_bytes(b"no database " * 1000)
 
     async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
         screen = await talk(app, pilot, "quick.echo.json")
+        assert any("damaged" in str(one.title) for one in app._notifications)
         await say(pilot, "hello")
         await until(pilot, finished(screen))
-        assert screen.conversation.messages[-1].content == ANSWER
 
     drive(steps)
-    assert history_file().read_bytes().startswith(b"no database")
+    (aside,) = history_file().parent.glob("history.sqlite.damaged-*")
+    assert aside.read_bytes() == b"no database " * 1000
+    with History(history_file()) as history:
+        assert [one.content for one in history.conversation(1).messages] == ["hello", ANSWER]
+
+
+def test_a_history_of_a_newer_edgeft_stays_where_it_is(folder: Path) -> None:
+    History(history_file()).close()
+    with sqlite3.connect(history_file()) as database:
+        database.execute("PRAGMA user_version = 99")
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await talk(app, pilot, "quick.echo.json")
+        assert screen.conversation.history is None
+        assert any("Nothing will be stored" in str(one.title) for one in app._notifications)
+
+    drive(steps)
+    assert not list(history_file().parent.glob("*damaged*"))
+
+
+def test_a_killed_job_is_told(folder: Path) -> None:
+    job = jobs.start(("run", str(folder / "slow.echo.json"), "hello"))
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = JobScreen(job)
+        app.push_screen(screen)
+        await until(pilot, lambda: jobs.find_job(job.id).state is jobs.State.RUNNING)
+        state = read_state(jobs.find_job(job.id))
+        for name in ("supervisor", "command"):
+            os.kill(state[name], signal.SIGKILL)
+        await until(pilot, lambda: screen.job.state.ended)
+        assert screen.job.state in (jobs.State.FAILED, jobs.State.LOST)
+
+    drive(steps)
 
 
 def test_a_model_that_cannot_be_loaded_is_said(folder: Path) -> None:
@@ -333,5 +381,35 @@ def test_settings_hold_from_the_next_message_on(folder: Path) -> None:
         await say(pilot, "hello")
         await until(pilot, finished(screen))
         assert screen.conversation.prompt()[0] == {"role": "system", "content": "Say the other thing."}
+
+    drive(steps)
+
+
+def test_long_answers_are_cut_between_paragraphs_and_never_inside_code() -> None:
+    paragraph, code = "word " * 100 + "\n\n", "```python\n" + "print(1)\n\n" * 800 + "```\n\n"
+    text = paragraph * 30 + code + paragraph * 30
+    found = pieces(text)
+    assert "\n\n".join(found) == text
+    assert len(found) > 4
+    assert all(piece.count("```") in (0, 2) for piece in found)
+    assert pieces("") == [""]
+    assert pieces("x" * 10_000) == ["x" * 10_000]
+
+
+def test_an_answer_in_pieces_is_drawn_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEFT_RUN_CONTEXT", "20000")
+    answer = "\n\n".join(f"paragraph {number} " + "word " * 60 for number in range(20))
+    (folder / "long.echo.json").write_text(json.dumps({"default": answer}))
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await talk(app, pilot, "long.echo.json")
+        screen.sampling = dataclasses.replace(screen.sampling, max_tokens=100_000)
+        await say(pilot, "hello")
+        await until(pilot, finished(screen))
+        said = screen.query(Said).last()
+        assert said.text == answer
+        drawn = [block.source for block in said.query(Markdown)]
+        assert "\n\n".join(drawn) == answer
+        assert len(drawn) == 2
 
     drive(steps)

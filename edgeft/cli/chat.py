@@ -68,6 +68,7 @@ Examples:
 @click.option("--search", metavar="WORDS", help="Show stored messages with these words.")
 @click.option("--explain", "explaining", is_flag=True, help="Say how an answer of a cascade came about.")
 @click.option("--no-history", is_flag=True, help="Store nothing.")
+@click.option("--screen", is_flag=True, help="On the whole screen; as in edgeft tui.")
 @run_options
 @json_option
 def chat(
@@ -79,6 +80,7 @@ def chat(
     search: str | None,
     explaining: bool,
     no_history: bool,
+    screen: bool,
     as_json: bool,
     **flags: Any,
 ) -> int:
@@ -94,6 +96,8 @@ def chat(
         return ExitCode.OK
     if no_history and resume:
         raise UsageError("--resume needs the history that --no-history leaves out")
+    if screen:
+        return _on_screen(model, adapters, resume)
     with contextlib.ExitStack() as stack:
         history = None if no_history else stack.enter_context(History(history_file()))
         old = _resumed(history, resume, model) if history and resume else None
@@ -107,6 +111,21 @@ def chat(
         if old and system is not None:
             conversation.change_system(system or None)
         return _Chat(opened, conversation, sampling(values), as_json, explaining=explaining).run()
+
+
+def _on_screen(model: str | None, adapters: tuple[str, ...], resume: str | None) -> int:
+    from edgeft.cli.tui import show
+    from edgeft.tui.place import ChatPlace
+
+    number = None
+    if resume:
+        with History(history_file()) as history:
+            old = _resumed(history, resume, model)
+        model, number = model or old.model, old.id
+    if model is None:
+        raise UsageError("which model?", "edgeft chat MODEL --screen; edgeft models list shows what there is.")
+    parsed = tuple((str(one.path), one.scale) for one in map(parse_adapter, adapters))
+    return show(Path.cwd(), chat=ChatPlace(model, parsed, number))
 
 
 def _lasting(reference: str) -> str:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgeft.inventory import Item
+from edgeft.item import Item
 
 
 class How(enum.Enum):
@@ -61,10 +61,27 @@ def general() -> list[Action]:
         Action("Export a model", ("export",), How.FORM),
         Action("Pull a model", ("models", "pull"), How.FORM),
         Action("Import a model", ("models", "import"), How.FORM),
+        Action("Bring a bundle onto devices", ("deploy", "send"), How.FORM),
+        Action("What is installed on devices", ("deploy", "status"), How.FORM),
+        Action("Devices back to the version before", ("deploy", "rollback"), How.FORM),
+        Action("Begin a cascade", ("cascade", "init"), How.FORM),
+        Action("Fit a cascade to its model", ("cascade", "tune"), How.FORM),
+        Action("Judge a cascade", ("cascade", "report"), How.FORM),
+        Action("What left the device, why, and its cost", ("cascade", "log"), How.FORM),
         Action("Probe this machine", ("devices", "probe"), How.JOB),
         Action("The demo: a real model in twelve minutes", ("demo",), How.JOB),
         Action("What works here, and what is missing", ("doctor",), How.SHOW),
         Action("Settings and where they come from", ("config", "show"), How.SHOW),
+    ]
+
+
+def first_steps() -> list[Action]:
+    """What one does when there is nothing yet."""
+    return [
+        Action("Fetch a model of 93 MB, then talk to it", ("models", "pull", "smollm2-135m"), How.JOB),
+        Action("See all of it: train, export, verify, chat, in twelve minutes", ("demo",), How.JOB),
+        Action("Look at data of your own", ("data", "check"), How.FORM),
+        Action("What works here, and what is missing", ("doctor",), How.SHOW),
     ]
 
 
@@ -121,7 +138,11 @@ def _bundle(item: Item) -> list[Action]:
             Action("What is installed", ("install", "--list"), How.SHOW),
             Action("Go back a version", ("install", "--rollback", item.name), How.FORM),
         ]
-    return [Action("Chat", ("chat", item.name), How.CHAT), Action("Install here", ("install", item.name), How.FORM)]
+    return [
+        Action("Chat", ("chat", item.name), How.CHAT),
+        Action("Bring it onto devices", ("deploy", "send", item.name), How.FORM),
+        Action("Install here", ("install", item.name), How.FORM),
+    ]
 
 
 def _job(item: Item) -> list[Action]:
@@ -135,4 +156,7 @@ def _job(item: Item) -> list[Action]:
 
 
 def _device(item: Item) -> list[Action]:
-    return [Action("Every figure with its source", ("devices", "show", item.name), How.SHOW)]
+    return [
+        Action("Every figure with its source", ("devices", "show", item.name), How.SHOW),
+        Action("Does a model fit?", ("devices", "fit", "--device", item.name), How.FORM),
+    ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -13,15 +15,11 @@ from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
-from edgeft import jobs
 from edgeft.errors import EdgeftError
-from edgeft.paths import home, parse_json, write_json
+from edgeft.tui import place
 from edgeft.tui.actions import Action, How, general
-from edgeft.tui.forms import FormScreen, find_command, values_of
-from edgeft.tui.help import HelpScreen
 from edgeft.tui.home import HomeScreen
-from edgeft.tui.jobs import JobScreen
-from edgeft.tui.output import OutputScreen
+from edgeft.tui.place import ChatPlace
 
 
 class EdgeftApp(App[None]):
@@ -34,9 +32,15 @@ class EdgeftApp(App[None]):
         Binding("ctrl+q", "quit", "Quit", show=False),
     ]
 
-    def __init__(self, commands: click.Group, folder: Path | None = None, plain: bool = False) -> None:
+    def __init__(
+        self, commands: click.Group, folder: Path | None = None, plain: bool = False, chat: ChatPlace | None = None
+    ) -> None:
+        """
+        Args:
+            chat: the conversation to begin with; by default the one that was cut off the last time.
+        """
         super().__init__()
-        self._commands = commands
+        self._commands, self._first = commands, chat
         self._folder = folder or Path.cwd()
         self._plain = plain
         if plain:
@@ -46,12 +50,26 @@ class EdgeftApp(App[None]):
         return HomeScreen(self._folder)
 
     def on_mount(self) -> None:
-        remembered = _remembered()
-        if (theme := remembered.get("theme")) in self.available_themes:
+        if (theme := place.remembered().get("theme")) in self.available_themes:
             self.theme = str(theme)
-        self.theme_changed_signal.subscribe(self, lambda theme: _remember(theme=theme.name))
+        self.theme_changed_signal.subscribe(self, lambda theme: place.remember(theme=theme.name))
         if self._plain:
             self.add_class("plain")
+        for name in ("SIGHUP", "SIGTERM"):
+            if number := getattr(signal, name, None):  # Windows has no SIGHUP
+                with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+                    asyncio.get_running_loop().add_signal_handler(number, self._cut_off)
+        if first := self._first or place.last_chat():
+            self._open_chat(first)
+
+    def _cut_off(self) -> None:
+        """The terminal is gone, or somebody ends the process: what was typed and received is kept."""
+        from edgeft.tui.chat import ChatScreen
+
+        for screen in self.screen_stack:
+            if isinstance(screen, ChatScreen):
+                screen.cut_off()
+        self.exit(return_code=129)
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         yield from super().get_system_commands(screen)
@@ -60,6 +78,12 @@ class EdgeftApp(App[None]):
 
     def do(self, action: Action) -> None:
         """Begin an action, on the screen where its work is seen."""
+        # Screens are imported when they are wanted: the first paint does not wait for them.
+        from edgeft import jobs
+        from edgeft.tui.forms import FormScreen
+        from edgeft.tui.jobs import JobScreen
+        from edgeft.tui.output import OutputScreen
+
         if action.how is How.CHAT:
             self._chat(action.command)
         elif action.how is How.FORM:
@@ -75,6 +99,9 @@ class EdgeftApp(App[None]):
 
     def start(self, command: Sequence[str]) -> None:
         """Run a command as a job and watch it."""
+        from edgeft import jobs
+        from edgeft.tui.jobs import JobScreen
+
         try:
             job = jobs.start(command, directory=self._folder)
         except EdgeftError as error:
@@ -83,12 +110,17 @@ class EdgeftApp(App[None]):
         self.push_screen(JobScreen(job))
 
     def _chat(self, command: Sequence[str]) -> None:
-        from edgeft.tui.chat import ChatScreen
+        from edgeft.tui.forms import find_command, values_of
 
         _, _, words = find_command(self._commands, command)
         values = values_of(find_command(self._commands, command)[0], words)
-        adapters = tuple(name for name in str(values.get("adapters", "")).split(",") if name)
-        self.push_screen(ChatScreen(str(values["model"]), adapters))
+        adapters = tuple((name, 1.0) for name in str(values.get("adapters", "")).split(",") if name)
+        self._open_chat(ChatPlace(str(values["model"]), adapters))
+
+    def _open_chat(self, at: ChatPlace) -> None:
+        from edgeft.tui.chat import ChatScreen
+
+        self.push_screen(ChatScreen(at.model, at.adapters, at.conversation, draft=at.draft))
 
     def _curves(self, folder: str) -> None:
         from edgeft.run import Run
@@ -97,28 +129,15 @@ class EdgeftApp(App[None]):
         self.push_screen(CurvesScreen([Run(self._folder / folder)]))
 
     def action_help(self) -> None:
+        from edgeft.tui.help import HelpScreen
+
         self.push_screen(HelpScreen(self.screen))
 
 
-def _memory() -> Path:
-    return home() / "tui.json"
-
-
-def _remembered() -> dict[str, object]:
-    try:
-        value = parse_json(_memory().read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _remember(**values: object) -> None:
-    with contextlib.suppress(EdgeftError):  # a full disk does not end the screen
-        write_json(_memory(), {**_remembered(), **values})
-
-
-def run(commands: click.Group, words: Sequence[str] = (), folder: Path | None = None, plain: bool = False) -> None:
-    """Show the application until it is left."""
+def run(commands: click.Group, folder: Path | None = None, plain: bool = False, chat: ChatPlace | None = None) -> int:
+    """Show the application until it is left; its exit code."""
     if plain:
         os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
-    EdgeftApp(commands, folder, plain).run()
+    app = EdgeftApp(commands, folder, plain, chat)
+    app.run()
+    return app.return_code or 0

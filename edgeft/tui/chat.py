@@ -13,23 +13,32 @@ from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
+from textual.css.query import NoMatches
 from textual.screen import Screen
-from textual.widgets import Footer, Static
+from textual.timer import Timer
+from textual.widgets import Footer, Static, TextArea
 from textual.worker import Worker, WorkerCancelled
 
 from edgeft import config
 from edgeft.chat import Sampling, Usage
 from edgeft.errors import EdgeftError
-from edgeft.history import Conversation, History
+from edgeft.history import Conversation, History, open_or_begin_anew
 from edgeft.paths import history_file, write_text
 from edgeft.tui.actions import command_line
 from edgeft.tui.conversations import ConversationsScreen
 from edgeft.tui.model import ModelProcess, Opened
+from edgeft.tui.place import ChatPlace, keep_chat, leave_chat
 from edgeft.tui.settings import SettingsScreen, State
 from edgeft.tui.talk import Prompt, Said, as_file
 
 PAGE = 60
 """Messages that are drawn; older ones are in the history."""
+FRAME_S = 0.04
+"""Words that come sooner after the last ones are drawn with the next: drawing costs milliseconds, a token may not."""
+SLOWER = 10_000
+"""Characters of an answer that double that time: the whole conversation is laid out anew each time."""
+DRAFT_S = 0.5
+"""From a key to the disk: the most typing that a killed process can lose."""
 TOO_LATE_S = 1.0
 """Esc so soon after the end of an answer meant to stop it, not to leave."""
 
@@ -56,21 +65,28 @@ copies one, **k** the first code block in it, **e** edits it, **b** branches the
 was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **Ctrl+G** writes a file."""
 
     def __init__(
-        self, model: str, adapters: Sequence[str] = (), resume: int | None = None, process: ModelProcess | None = None
+        self,
+        model: str,
+        adapters: Sequence[tuple[str, float]] = (),
+        resume: int | None = None,
+        process: ModelProcess | None = None,
+        draft: str = "",
     ) -> None:
         super().__init__()
+        self._draft = draft
         self.model = model
-        self.adapters = [(name, 1.0) for name in adapters]
+        self.adapters = list(adapters)
         self.sampling = _sampling()
         self._resume = resume
         self._process = process or ModelProcess()
         self._opened: Opened | None = None
         self._answer: Worker[None] | None = None
-        self._history, self._history_error = _open_history()
+        self._history, self._trouble = _open_history()
         self.conversation = Conversation(_lasting(model), "", None, self._history)
         self._usage: Usage | None = None
         self._retries = 0
         self._ended = 0.0
+        self._place_timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
         yield VerticalScroll(id="talk")
@@ -80,15 +96,42 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
 
     def on_mount(self) -> None:
         self.query_one("#talk", VerticalScroll).anchor()
-        self.query_one(Prompt).focus()
-        if self._history_error:
-            self.notify(self._history_error, title="Nothing will be stored", severity="error", timeout=20)
+        prompt = self.query_one(Prompt)
+        prompt.load_text(self._draft)
+        prompt.focus()
+        if self._trouble:
+            self.notify(self._trouble[1], title=self._trouble[0], severity="error", timeout=20, markup=False)
         self._load(self._resume)
 
     async def on_unmount(self) -> None:
+        if self._place_timer is not None:
+            self._place_timer.stop()
         await self._process.close()
         if self._history is not None:
             self._history.close()
+
+    # --- Where one is ---------------------------------------------------------
+
+    @on(TextArea.Changed)
+    def _typed(self) -> None:
+        """Kept soon, not at every key."""
+        if self._place_timer is None:
+            self._place_timer = self.set_timer(DRAFT_S, self._keep_place)
+
+    def _keep_place(self) -> None:
+        self._place_timer = None
+        draft = self.query_one(Prompt).text
+        if draft or self.conversation.messages:
+            keep_chat(ChatPlace(_lasting(self.model), tuple(self.adapters), self.conversation.id, draft))
+        else:
+            leave_chat()
+
+    def cut_off(self) -> None:
+        """Keep what was typed and what was received; the screen is about to end."""
+        if self.answering and self.conversation.messages:
+            last = self.query(Said).last()
+            self._keep(lambda: self.conversation.end_answer(last.text, None))
+        self._keep_place()
 
     @property
     def answering(self) -> bool:
@@ -99,7 +142,10 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
     @work(exclusive=True, group="load")
     async def _load(self, resume: int | None) -> None:
         if resume is not None and self._history is not None:
-            await self._show(Conversation.resume(self._history, resume))
+            try:
+                await self._show(Conversation.resume(self._history, resume))
+            except EdgeftError as error:
+                self._failed(error)
         await self._open()
 
     async def _open(self) -> bool:
@@ -134,6 +180,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
             self.query_one(Prompt).load_text(event.text)
             return
         await self._add(Said("user", event.text, self.conversation.messages[-1].id))
+        self._keep_place()
         self._begin()
 
     def _begin(self) -> None:
@@ -149,15 +196,19 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
             return
         said.message = conversation.messages[-1].id
         await self._add(said)
-        text, usage, began = "", None, time.monotonic()
+        text, drawn, usage = "", 0, None
+        began = last = time.monotonic()
         sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._retries)
         try:
             async for event in self._process.generate(conversation.prompt()[:-1], sampling):
                 if event["event"] == "text":
                     text += event["text"]
-                    await said.grow(event["text"])
+                    if (now := time.monotonic()) - last < FRAME_S * (1 + len(text) / SLOWER):
+                        continue
+                    await said.grow(text[drawn:])
+                    drawn, last = len(text), now
                     self._keep(lambda text=text: conversation.grow_answer(text))
-                    self._status(f"{len(text)} characters, {time.monotonic() - began:.0f} s")
+                    self._status(f"{len(text)} characters, {now - began:.0f} s")
                 else:
                     usage = _usage(event["usage"])
         except EdgeftError as error:
@@ -165,6 +216,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         finally:
             self._usage, self._ended = usage, time.monotonic()
             self._keep(lambda: conversation.end_answer(text, usage))
+            await said.grow(text[drawn:])
             await said.end(text, stopped=usage is None or usage.finish_reason == "cancel")
             if usage is not None:
                 self._status()
@@ -206,7 +258,14 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         elif self.focused is not self.query_one(Prompt):
             self.query_one(Prompt).focus()
         elif time.monotonic() - self._ended > TOO_LATE_S:
+            self.left()
             self.app.pop_screen()
+
+    def left(self) -> None:
+        """By intention; a draft is kept all the same."""
+        self._keep_place()
+        if not self.query_one(Prompt).text:
+            leave_chat()
 
     async def _stopped(self) -> None:
         """Wait until nothing is being written."""
@@ -217,7 +276,8 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
 
     async def action_retry(self) -> None:
         await self._stopped()
-        if self.conversation.withdraw("assistant"):
+        if self.conversation.messages and self.conversation.messages[-1].role == "assistant":
+            self._keep(lambda: self.conversation.withdraw("assistant"))
             await self.query("#talk Said").last().remove()
         if self.conversation.messages:
             self._retries += 1
@@ -256,8 +316,12 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
             self.notify("nothing is stored yet", severity="warning")
             return
         await self._stopped()
-        copy = history.branch(number, last)
-        await self._show(Conversation.resume(history, copy))
+        try:
+            copy = history.branch(number, last)
+            await self._show(Conversation.resume(history, copy))
+        except EdgeftError as error:
+            self._failed(error)
+            return
         self.notify(f"now in conversation {copy}, a copy of {number}")
 
     async def action_new(self) -> None:
@@ -279,7 +343,11 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         if number is None or self._history is None:
             return
         await self._stopped()
-        other = Conversation.resume(self._history, number)
+        try:
+            other = Conversation.resume(self._history, number)
+        except EdgeftError as error:
+            self._failed(error)
+            return
         await self._show(other)
         if other.model != _lasting(self.model):
             self.model, self._opened = other.model, None
@@ -335,7 +403,8 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
             parts += [f"{usage.decode_tokens_per_s:.1f} tokens/s", f"first token {usage.ttft_s * 1000:.0f} ms"]
         if self.conversation.id:
             parts.append(f"conversation {self.conversation.id}")
-        self.query_one("#status", Static).update(" · ".join([*parts, doing] if doing else parts))
+        with contextlib.suppress(NoMatches):  # the screen is closing
+            self.query_one("#status", Static).update(" · ".join([*parts, doing] if doing else parts))
 
 
 def _sampling() -> Sampling:
@@ -344,11 +413,15 @@ def _sampling() -> Sampling:
     return Sampling(**{name.replace("-", "_"): values[f"run.{name}"].value for name in names})
 
 
-def _open_history() -> tuple[History | None, str]:
+def _open_history() -> tuple[History | None, tuple[str, str] | None]:
+    """The history, and what is to be said of it: (title, text)."""
     try:
-        return History(history_file()), ""
+        history, aside = open_or_begin_anew(history_file())
     except EdgeftError as error:
-        return None, error.message
+        return None, ("Nothing will be stored", error.message)
+    if aside is None:
+        return history, None
+    return history, ("The history was damaged; a new one is begun", f"the old file is {aside}")
 
 
 def _lasting(reference: str) -> str:

@@ -79,8 +79,12 @@ class ConversationsScreen(ModalScreen[int | None]):
     def action_rename(self) -> None:
         row, field = self.query_one(DataTable).cursor_row, self.query_one(Input)
         if 0 <= row < len(self._numbers):
-            self._history.rename(self._numbers[row], field.value)
-            field.value = ""
+            try:
+                self._history.rename(self._numbers[row], field.value)
+            except EdgeftError as error:
+                self.notify(error.message, severity="error", markup=False)
+            else:
+                field.value = ""
 
 
 def _short(text: str, length: int = 50) -> str:

@@ -11,8 +11,8 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Input, Static, Tab, Tabs
 
-from edgeft.inventory import KINDS, Item, inventory
-from edgeft.tui.actions import Action, actions, general
+from edgeft.item import KINDS, Item
+from edgeft.tui.actions import Action, actions, first_steps, general
 from edgeft.tui.choose import Choose
 
 ALL = "all"
@@ -49,6 +49,7 @@ something new: training, an export, a data set. **/** filters by any word. **←
     def compose(self) -> ComposeResult:
         yield Tabs(*(Tab(name, id=name) for name in (ALL, *KINDS)))
         yield DataTable[str](cursor_type="row", zebra_stripes=True)
+        yield Static(_welcome(), id="welcome", markup=False)
         yield Input(placeholder="filter", id="filter")
         yield Static("", id="next", classes="command", markup=False)
         yield Footer(show_command_palette=False)
@@ -58,6 +59,7 @@ something new: training, an export, a data set. **/** filters by any word. **←
         for name, width in (("what", 9), ("name", None), ("state", None), ("about", None)):
             table.add_column(name, width=width, key=name)
         self.query_one("#filter").display = False
+        self.query_one("#welcome").display = False
         table.focus()
         self.action_refresh()
         self.set_interval(REFRESH_S, self._refresh_if_seen)
@@ -80,6 +82,8 @@ something new: training, an export, a data set. **/** filters by any word. **←
 
     @work(thread=True, exclusive=True)
     def action_refresh(self) -> None:
+        from edgeft.inventory import inventory  # after the first paint
+
         found = inventory(self.folder)
         self.app.call_from_thread(self._set_items, found)
 
@@ -101,6 +105,7 @@ something new: training, an export, a data set. **/** filters by any word. **←
         for item in self._shown:
             table.add_row(item.kind, item.name, item.state, item.detail)
         same = [row for row, item in enumerate(self._shown) if before and (item.kind, item.name) == before_key(before)]
+        self.query_one("#welcome").display = kind in (ALL, "") and not words and not any(map(_is_own, self._items))
         table.move_cursor(row=same[0] if same else 0)
         self._show_next()
 
@@ -120,7 +125,9 @@ something new: training, an export, a data set. **/** filters by any word. **←
             self.app.push_screen(Choose(item.name, actions(item)), self._do)
 
     def action_new(self) -> None:
-        self.app.push_screen(Choose("Begin", general()), self._do)
+        begin = [] if any(map(_is_own, self._items)) else first_steps()
+        more = [action for action in general() if action.command not in {one.command for one in begin}]
+        self.app.push_screen(Choose("Begin", [*begin, *more]), self._do)
 
     def _do(self, action: Action | None) -> None:
         from edgeft.tui.app import EdgeftApp
@@ -160,6 +167,16 @@ something new: training, an export, a data set. **/** filters by any word. **←
 
 def before_key(item: Item) -> tuple[str, str]:
     return item.kind, item.name
+
+
+def _is_own(item: Item) -> bool:
+    """Something that was made or fetched here, not something that is only known of."""
+    return item.kind != "device" and item.state != "not pulled"
+
+
+def _welcome() -> str:
+    steps = "\n".join(f"  {one.title}\n      {one.line}" for one in first_steps())
+    return f"Nothing is here yet. n begins one of these:\n\n{steps}\n\n? explains the keys."
 
 
 def _matches(item: Item, words: list[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
+from textual.css.query import NoMatches
 from textual.message import Message
 from textual.widgets import Label, Markdown, TextArea
 from textual.widgets.markdown import MarkdownStream
@@ -17,6 +19,9 @@ from edgeft.chat import Sampling
 from edgeft.history import Conversation
 from edgeft.tui.model import Opened
 
+PIECE = 4_000
+"""Characters of a Markdown widget about: with every word that comes, a widget is laid out anew as a whole."""
+_FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 _CODE = re.compile(r"```[^\n]*\n(.*?)```", re.DOTALL)
 
 
@@ -76,11 +81,13 @@ class Said(Vertical, can_focus=True):
         super().__init__(classes=role)
         self.role, self.text, self.message = role, text, message
         self._stopped = stopped
+        self._pieces = pieces(text)
         self._stream: MarkdownStream | None = None
 
     def compose(self) -> ComposeResult:
         yield Label(self._title(), classes="who")
-        yield Markdown(self.text, open_links=False)
+        for piece in self._pieces:
+            yield Markdown(piece, open_links=False)
 
     def _title(self) -> str:
         return ("you" if self.role == "user" else self.role) + (" (stopped)" if self._stopped else "")
@@ -88,17 +95,38 @@ class Said(Vertical, can_focus=True):
     async def grow(self, text: str) -> None:
         """Add what came; the widget draws as often as it can."""
         self.text += text
-        if self._stream is None:
-            self._stream = Markdown.get_stream(self.query_one(Markdown))
-        await self._stream.write(text)
+        *whole, self._pieces[-1] = pieces(self._pieces[-1] + text)
+        with contextlib.suppress(NoMatches):  # the screen is closing
+            if whole:
+                await self._next_pieces(whole)
+                return
+            if self._stream is None:
+                self._stream = Markdown.get_stream(self._last)
+            await self._stream.write(text)
 
     async def end(self, text: str, *, stopped: bool) -> None:
-        """The whole message, drawn once more: a stream can leave a code block blank."""
-        if self._stream is not None:
-            await self._stream.stop()
+        """The last piece is drawn once more: a stream can leave a code block blank."""
+        await self._stop_stream()
         self.text, self._stopped = text, stopped
-        self.query_one(Label).update(self._title())
-        await self.query_one(Markdown).update(text)
+        with contextlib.suppress(NoMatches):
+            self.query_one(Label).update(self._title())
+            await self._last.update(self._pieces[-1])
+
+    async def _next_pieces(self, whole: list[str]) -> None:
+        """The last widget's piece is complete; others follow it."""
+        await self._stop_stream()
+        self._pieces[-1:] = [*whole, self._pieces[-1]]
+        await self._last.update(whole[0])
+        await self.mount(*(Markdown(piece, open_links=False) for piece in [*whole[1:], self._pieces[-1]]))
+
+    async def _stop_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            await stream.stop()
+
+    @property
+    def _last(self) -> Markdown:
+        return self.query(Markdown).last()
 
     def action_copy(self) -> None:
         self.app.copy_to_clipboard(self.text)
@@ -116,6 +144,20 @@ class Said(Vertical, can_focus=True):
 
     def action_branch(self) -> None:
         self.post_message(self.Branch(self))
+
+
+def pieces(text: str) -> list[str]:
+    """Cut after paragraphs, outside of code blocks, into pieces of about `PIECE` characters; at least one piece."""
+    found, begin = [], 0
+    while len(text) - begin > PIECE:
+        cut = text.find("\n\n", begin + PIECE)
+        while cut >= 0 and len(_FENCE.findall(text, begin, cut)) % 2:
+            cut = text.find("\n\n", cut + 2)
+        if cut < 0:
+            break
+        found.append(text[begin:cut])
+        begin = cut + 2
+    return [*found, text[begin:]]
 
 
 def as_file(conversation: Conversation, sampling: Sampling, opened: Opened | None) -> str:
