@@ -413,3 +413,20 @@ def test_an_answer_in_pieces_is_drawn_whole(folder: Path, monkeypatch: pytest.Mo
         assert len(drawn) == 2
 
     drive(steps)
+
+
+def test_a_window_of_a_few_columns_does_not_end_the_program(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        await talk(app, pilot, "quick.echo.json")
+        await pilot.press("h", "enter")
+        await until(pilot, lambda: len(app.screen.query(Said)) == 2)
+        app.notify("a long note " * 10)
+        for columns in range(1, 13):
+            for rows in (1, 2, 3, 8):
+                await pilot.resize_terminal(columns, rows)
+                await pilot.pause(0.02)
+        await pilot.resize_terminal(80, 24)
+        await pilot.press("x")
+        assert app.screen.query_one(Prompt).text == "x"
+
+    drive(steps)
