@@ -44,7 +44,7 @@ SHAPE = {
     "num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": 512,
 }  # fmt: skip
 TRAIN, HELD_OUT, SEEDS_OF_DATA = 24_000, 300, 15
-EPOCHS, TUNE, STEP_TOKENS = 1.25, 0.2, 1024
+EPOCHS, TUNE, STEP_TOKENS = 3.0, 0.2, 1024
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 2e-3)
 KINDS: Mapping[str, dict[str, Any]] = {"ternary": {"target": "gguf-tq2_0"}, "full": {}}
@@ -235,7 +235,12 @@ def write(work: Path, name: str) -> Path:
     run, how = name.rsplit("-", 1)
     extra: dict[str, Any] = {}
     if how == "fit":
-        extra["bytes"] = write(work, "ternary-0-tq2_0" if run == "full-0" else "smollm2-tq2_0").stat().st_size
+        small = run == "full-0"
+        extra["bytes"] = write(work, "ternary-0-tq2_0" if small else "smollm2-tq2_0").stat().st_size
+        data, matrix = work / ("data" if small else "text"), out.with_suffix(".imatrix")
+        extra["imatrix"] = workflow.calibrate(
+            workflow.find(str(work / "runs" / run), None, Silent()), str(data), matrix
+        )
     prepared = workflow.prepare(
         str(work / "runs" / run), "gguf" if how == "fit" else f"gguf-{how}", out=out, extra=extra
     )

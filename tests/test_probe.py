@@ -5,12 +5,13 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edgeft.bench.child import run
-from edgeft.bench.job import Answer, Job
+from edgeft.bench.job import Answer, Event, Finished, Job, Loaded
 from edgeft.cli.main import main
 from edgeft.device import load_profile, read_profile, write_profile
 from edgeft.forecast.find import find_facts
@@ -111,6 +112,23 @@ def test_a_profile_with_kernels_comes_back_as_it_was_written(tmp_path: Path) -> 
     write_profile(found, tmp_path / "local.toml")
     assert read_profile(tmp_path / "local.toml") == found
     assert found.kernels and found.storage is None
+
+
+def test_what_another_program_slowed_does_not_count(tmp_path: Path) -> None:
+    calls = iter((0.004, 0.002))
+
+    def disturbed(job: Job) -> Iterator[Event]:
+        free = next(calls)
+        yield Loaded("echo", 1.0, 64, None, None)
+        for asked, size in enumerate(job.prompts):
+            for seconds in (3 * free, free):
+                yield Answer(asked, size, 100 * seconds, (seconds,) * 32)
+        yield Finished(None, None)
+
+    bench, shape = measure.Bench(tmp_path, "echo", disturbed), Shape("Q4_0", 1, 256, 512, 4, 2)
+    found = measure._faster(bench.time(shape, 1, (16, 64)), bench.time(shape, 1, (16, 64)))
+    assert (found.seconds, found.past_seconds) == (0.002, 0.002)
+    assert found.prompt_tps == pytest.approx(64 / 0.2)
 
 
 @pytest.fixture
