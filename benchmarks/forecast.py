@@ -8,7 +8,8 @@
 and called again, and stops by itself before a setting for which `--seconds` leave no time. The forecast is made of the
 profile `local` (`edgeft devices probe` first, with the same runtime), which was measured with no model of these.
 Peak memory is VmHWM of the process, since `ru_maxrss` begins with the parent's. Decoding is the median of 24 tokens, at
-the start and with the context full, of the fastest of REPEATS answers: the forecast is of a machine that does nothing else.
+the start and with the context full, of the fastest of REPEATS answers: the forecast is of a machine with nothing else
+to do.
 
 Ends with 1 when what is promised does not hold: memory within 10 %, decoding within 20 %; published rows 12 % in the
 median and none off by more than a factor of 2.
