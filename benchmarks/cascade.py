@@ -1,0 +1,312 @@
+"""A real cascade on this machine: is a learned policy better than confidence, and is a certified risk kept?
+
+    python benchmarks/cascade.py --work FOLDER [--questions 400] [--only heavy|light|answers|report] [--json]
+
+Three tasks made by code, of varying difficulty: sums, word lists reversed, numbers sorted. The cloud is SmolLM2-135M
+trained on them (Q8_0) behind `edgeft serve` on loopback; the device is the same base trained on a part of that (Q4_0),
+in edgeft's own runtime. Each question is asked once on both sides by the code behind `edgeft cascade tune`. Everything
+is kept in FOLDER, so that a stopped run goes on; a step can be computed alone with --only, and a report of the first
+questions is made with a smaller --questions once these are answered.
+
+Each of five seeds splits a task's questions in two: on the first half a policy is tuned, on the second it is judged.
+APGR is the mean over seeds. Intervals: the middle 95 % of 2,000 resamples of the questions, each question kept or left
+in all five splits and in both policies at once, so that the overlap of the splits does not narrow them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeft.cascade.answers import AnswerFile, Case, Collector
+from edgeft.cascade.metrics import curve, interval
+from edgeft.cascade.report import CONFIDENCE
+from edgeft.cascade.settings import PolicySettings
+from edgeft.cascade.tune import Goal, outcome, policy_for, risks, tune
+from edgeft.data.example import Example
+from edgeft.errors import CheckFailed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+MODEL, TARGETS = "smollm2-135m", {"heavy": "gguf-q8_0", "light": "gguf-q4_0"}
+EXAMPLES = {"heavy": 350, "light": 70}
+"""Per task; those of the light model are the first of the heavy one's."""
+MAX_TOKENS, STEP_TOKENS, RATE, RANK = 24, 512, 2e-3, 16
+SEEDS, RESPLITS, ROUNDS = range(5), 1000, 2000
+ALPHAS = (0.05, 0.1, 0.15)
+"""Certified risks: shares of answers kept though wrong, while the cloud's was right."""
+CERTAINTY = 0.95
+BATCH = 25
+"""Questions of one task that are answered before the next task's."""
+
+CASCADE = """schema = 1
+[local]
+model = "light.gguf"
+threads = {threads}
+[[cloud]]
+name = "heavy"
+url = "{url}/v1"
+model = "heavy"
+price-in = 0.00015
+price-out = 0.0006
+[policy]
+kind = "on-error"
+[privacy]
+redact = false
+[audit]
+enabled = false
+"""
+
+# --- Questions ------------------------------------------------------------------
+
+SYSTEM = "Reply with the result only."
+WORDS = (
+    "red moon tree dog blue fish car stone rain bird house river green book lamp door wind snow road ship gold"
+    " fire sand milk bread chair table cloud star leaf"
+).split()
+
+
+def sums(choose: random.Random) -> tuple[str, str]:
+    one, two = (choose.randrange(10 ** choose.randint(1, 3)) for _ in range(2))
+    return f"Add {one} and {two}.", str(one + two)
+
+
+def reversals(choose: random.Random) -> tuple[str, str]:
+    words = choose.sample(WORDS, choose.randint(2, 6))
+    return f"Reverse: {' '.join(words)}", " ".join(reversed(words))
+
+
+def sorting(choose: random.Random) -> tuple[str, str]:
+    numbers = choose.sample(range(100), choose.randint(3, 5))
+    return f"Sort: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
+
+
+TASKS: Mapping[str, Callable[[random.Random], tuple[str, str]]] = {"sum": sums, "reverse": reversals, "sort": sorting}
+
+
+def examples(task: str, training: int, questions: int) -> tuple[list[Example], list[Example]]:
+    """Of one task, all different: to train on and to ask. More questions leave the first ones as they are."""
+    choose, found = random.Random(f"cascade {task}"), dict[str, str]()
+    while len(found) < training + questions:
+        found.setdefault(*TASKS[task](choose))
+    every = [_example(*pair) for pair in found.items()]
+    return every[:training], every[training:]
+
+
+def _example(question: str, answer: str) -> Example:
+    turns = (("system", SYSTEM), ("user", question), ("assistant", answer))
+    return Example(messages=tuple({"role": role, "content": text} for role, text in turns))
+
+
+# --- The two models -------------------------------------------------------------
+
+
+def make_model(work: Path, name: str) -> None:
+    """Train and export, unless the file is there."""
+    from edgeft import export
+    from edgeft.paths import write_text
+    from edgeft.progress import Silent
+    from edgeft.train import TrainConfig, read_config, train
+
+    file, run, data = work / f"{name}.gguf", work / "runs" / name, work / f"train-{name}"
+    if file.is_file():
+        return
+    lessons = [one for task in TASKS for one in examples(task, max(EXAMPLES.values()), 0)[0][: EXAMPLES[name]]]
+    random.Random(0).shuffle(lessons)
+    data.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"messages": list(one.messages)}) + "\n" for one in lessons)
+    write_text(data / "train.jsonl", "".join(lines))
+    resume = (run / "config.toml").is_file()
+    config = TrainConfig(
+        MODEL, str(data), run, method="lora", rank=RANK, epochs=1.0, learning_rate=RATE, batch_tokens=STEP_TOKENS,
+        micro_tokens=STEP_TOKENS, save_every=20, keep=1,
+    )  # fmt: skip
+    done = train(read_config(run) if resume else config, resume=resume)
+    print(f"{name}: {done.steps} steps, {done.tokens} tokens, {done.seconds:.0f} s", file=sys.stderr, flush=True)
+    export.export(export.prepare(str(run), TARGETS[name], out=file), Silent())
+
+
+# --- Answers --------------------------------------------------------------------
+
+
+def answer(work: Path, questions: int, threads: int) -> dict[str, list[Case]]:
+    """Both sides' answers, of every task; asked where they are not yet known, the tasks taking turns.
+
+    The server runs for the questions that are left; its port is no part of what an answer is kept under.
+    """
+    import tempfile
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from serving import serving
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = ("--threads", str(threads), "--threads-batch", str(threads), "--no-log")
+        with serving(Path(folder), f"heavy={work / 'heavy.gguf'}", *options) as server:
+            return collect(work, CASCADE.format(url=server.url, threads=threads), questions)
+
+
+def collect(work: Path, settings: str, questions: int) -> dict[str, list[Case]]:
+    from edgeft.cascade import Cascade
+    from edgeft.paths import write_text
+    from edgeft.progress import Silent
+
+    write_text(work / "cascade.toml", settings)
+    asked = {task: examples(task, max(EXAMPLES.values()), questions)[1] for task in TASKS}
+    found: dict[str, list[Case]] = {task: [] for task in TASKS}
+    began = time.monotonic()
+    with Cascade.open(work / "cascade.toml", calibrated=False) as cascade:
+        collector = Collector(cascade, AnswerFile(work / "answers.jsonl"), MAX_TOKENS, "exact")
+        for start in range(0, questions, BATCH):
+            for task, every in asked.items():
+                found[task] += collector.collect(every[start : start + BATCH], 1.0, Silent())
+            seconds = time.monotonic() - began
+            print(f"{start + BATCH} of {questions} per task, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+# --- Report ---------------------------------------------------------------------
+
+
+def report(cases: Mapping[str, Sequence[Case]], resplits: int = RESPLITS, rounds: int = ROUNDS) -> dict[str, Any]:
+    tasks = {task: judged(every, rounds) for task, every in cases.items()}
+    above = [each["above_confidence"] for each in tasks.values()]
+    return {
+        "tasks": tasks,
+        "learned_apgr": sum(each["apgr"]["learned"] for each in tasks.values()) / len(tasks),
+        "tasks_above_confidence": sum(each["low"] > 0 for each in above),
+        "risk": {task: {f"{alpha:g}": kept(every, alpha, resplits) for alpha in ALPHAS} for task, every in cases.items()},
+    }
+
+
+def split(cases: Sequence[Case], seed: int) -> tuple[list[int], list[int]]:
+    """Places of the half that is tuned on, and of the half that is judged on."""
+    places = list(range(len(cases)))
+    random.Random(seed).shuffle(places)
+    return places[: len(cases) // 2], places[len(cases) // 2 :]
+
+
+def judged(cases: Sequence[Case], rounds: int) -> dict[str, Any]:
+    """APGR of every policy over the seeds, and how far the learned one is above confidence."""
+    import numpy as np
+
+    local, cloud, cost = columns(cases)
+    settings, splits = PolicySettings(), [split(cases, seed) for seed in SEEDS]
+    found = [policy_risks(cases, settings, tuned, str(seed)) for seed, (tuned, _) in zip(SEEDS, splits, strict=True)]
+    held = [np.array(test) for _, test in splits]
+
+    def apgr(name: str, weights: NDArray[np.int64]) -> float:
+        each = []
+        for risk, test in zip(found, held, strict=True):
+            rows = np.repeat(test, weights[test])
+            each.append(curve(risk[name][rows], local[rows], cloud[rows], cost[rows]).apgr)
+        return float(np.mean(each))
+
+    generator, size = np.random.default_rng(0), len(cases)
+    once, again = np.ones(size, dtype=np.int64), list[float]()
+    for _ in range(rounds):
+        weights = np.bincount(generator.integers(0, size, size), minlength=size)
+        again.append(apgr("learned", weights) - apgr(CONFIDENCE, weights))
+    low, high = interval(again)
+    figures = {name: apgr(name, once) for name in found[0]}
+    return {
+        "questions": size,
+        "local_quality": float(local.mean()),
+        "cloud_quality": float(cloud.mean()),
+        "worth_asking": float(((local == 0) & (cloud == 1)).mean()),
+        "apgr": figures,
+        "above_confidence": {"mean": figures["learned"] - figures[CONFIDENCE], "low": low, "high": high},
+        "deferred_at": {
+            name: float(
+                np.mean(
+                    [
+                        curve(risk[name][test], local[test], cloud[test], cost[test]).reaching(0.95)[0]
+                        for risk, test in zip(found, held, strict=True)
+                    ]
+                )
+            )
+            for name in found[0]
+        },
+    }
+
+
+def columns(cases: Sequence[Case]) -> tuple[Floats, Floats, Floats]:
+    import numpy as np
+
+    local, cloud, cost = np.array([(case.local_right, case.cloud_right, case.cost) for case in cases], float).T
+    return local, cloud, cost
+
+
+def policy_risks(cases: Sequence[Case], settings: PolicySettings, tuned: Sequence[int], salt: str) -> dict[str, Floats]:
+    """Of all cases, by policies that saw only those at `tuned`."""
+    import numpy as np
+
+    local, cloud, _ = columns(cases)
+    calibration = tune([cases[place] for place in tuned], settings, "learned", Goal("quality", 0.95), "", salt)
+    names = ("learned", "quantile", "margin", "entropy")
+    found = {name: np.array(risks(policy_for(settings, name, calibration), cases)) for name in names}
+    confidence = np.array([-case.features["logprob_mean"] for case in cases])
+    return {**found, CONFIDENCE: confidence, "random": np.zeros(len(cases)), "oracle": cloud - local}
+
+
+def kept(cases: Sequence[Case], alpha: float, resplits: int) -> dict[str, Any]:
+    """Tuned for a risk again and again: how often the judged half stays within it, by each of the two promises."""
+    return {
+        "expected": promised(cases, Goal("risk", alpha), resplits),
+        "certain": promised(cases, Goal("risk", alpha, CERTAINTY), resplits),
+    }
+
+
+def promised(cases: Sequence[Case], goal: Goal, resplits: int) -> dict[str, Any]:
+    settings, found = PolicySettings(), []
+    for seed in range(resplits):
+        tuned, test = split(cases, 1000 + seed)
+        try:
+            calibration = tune([cases[place] for place in tuned], settings, "learned", goal, "", str(seed))
+        except CheckFailed as refusal:
+            return {"refused": refusal.message}
+        unseen = [cases[place] for place in test]
+        found.append(
+            outcome(risks(policy_for(settings, "learned", calibration), unseen), unseen, calibration.threshold)
+        )
+    return {
+        "within": sum(each["kept_wrong"] <= goal.value for each in found) / resplits,
+        "mean_risk": math.fsum(each["kept_wrong"] for each in found) / resplits,
+        "mean_deferred": math.fsum(each["deferred"] for each in found) / resplits,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, runs, models and answers")
+    parser.add_argument("--questions", type=int, default=400, help="per task")
+    parser.add_argument("--only", choices=("heavy", "light", "answers", "report"), help="this step alone")
+    parser.add_argument("--threads", type=int, default=0, help="of each model; 0: one per core")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    work = options.work.resolve()
+    for name in TARGETS:
+        if options.only in (None, name):
+            make_model(work, name)
+    if options.only in TARGETS:
+        return
+    cases = answer(work, options.questions, options.threads)
+    if options.only == "answers":
+        return
+    figures = report(cases)
+    print(json.dumps(figures) if options.json else json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
