@@ -11,11 +11,13 @@ import pytest
 from faulty_cloud import FaultyCloud, faulty_cloud
 
 from edgeft.cascade.answers import Case, is_right
+from edgeft.cascade.calibration import certain_threshold, conformal_threshold
 from edgeft.cascade.metrics import curve, interval, resampled
 from edgeft.cascade.settings import PolicySettings, read_settings
-from edgeft.cascade.tune import Goal, outcome, policy_for, risks, tune
+from edgeft.cascade.tune import Goal, outcome, parse_goal, policy_for, risks, tune
 from edgeft.cli._cascade_tune import with_policy
 from edgeft.cli.main import main
+from edgeft.errors import CheckFailed, UsageError
 
 
 def cases(count: int, seed: int) -> list[Case]:
@@ -77,6 +79,39 @@ def test_a_certified_risk_holds_in_nearly_all_resplits() -> None:
             outcome(risks(policy_for(settings, "learned", found), unseen), unseen, found.threshold)["kept_wrong"]
         )
     assert sum(kept) / len(kept) <= 0.1
+
+
+def test_a_certain_risk_holds_for_nearly_every_calibration_set_and_an_expected_one_on_average() -> None:
+    """Risks are uniform and a third of answers is a loss at any risk, so that the true risk at t is t / 3."""
+    expected, certain = [], []
+    for round_ in range(400):
+        choose = random.Random(round_)
+        risk = [choose.random() for _ in range(150)]
+        loss = [choose.random() < 1 / 3 for _ in risk]
+        expected.append(conformal_threshold(risk, loss, 0.1) / 3)
+        certain.append(certain_threshold(risk, loss, 0.1, 0.95) / 3)
+    assert 0.09 < sum(expected) / 400 <= 0.1 and sum(one > 0.1 for one in expected) > 100
+    assert sum(one > 0.1 for one in certain) <= 0.05 * 400 + 9  # two standard deviations of 400 draws
+    assert sum(certain) / 400 > 0.05
+
+
+def test_a_certain_risk_needs_answers_enough() -> None:
+    # 0.95^58 = 0.051, 0.95^59 = 0.0485
+    assert certain_threshold([0.1] * 59, [False] * 59, 0.05, 0.95) == 0.1
+    with pytest.raises(CheckFailed, match=r"0\.05 cannot .* certainty of 0\.95 by 58 .* bound is 0\.0503") as refused:
+        certain_threshold([0.1] * 58, [False] * 58, 0.05, 0.95)
+    assert "at least 59" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("text", ["risk=0.05", "risk=0.05@0.95", "quality=0.9", "cost=0"])
+def test_goals_are_read_as_they_are_written(text: str) -> None:
+    assert str(parse_goal(text)) == text
+
+
+@pytest.mark.parametrize("text", ["risk=0.05@1", "risk=0.05@", "risk=@0.9", "quality=0.9@0.9", "cost=1@0.5", "risk=1"])
+def test_what_is_no_goal_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no goal"):
+        parse_goal(text)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgeft.cascade.answers import Case
-from edgeft.cascade.calibration import Calibration, conformal_threshold, fit_logistic
+from edgeft.cascade.calibration import Calibration, certain_threshold, conformal_threshold, fit_logistic
 from edgeft.cascade.policies import Evidence, Policy, make_policy
 from edgeft.cascade.settings import PolicySettings
 from edgeft.errors import CheckFailed, DataError, UsageError
@@ -24,25 +24,30 @@ class Goal:
 
     kind: Literal["quality", "cost", "risk"]
     value: float
+    certainty: float | None = None
+    """Of a risk: share of calibration sets for which it holds; None: it holds on average over them."""
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.value:g}"
+        return f"{self.kind}={self.value:g}" + (f"@{self.certainty:g}" if self.certainty else "")
 
 
 def parse_goal(text: str) -> Goal:
     """Raises: UsageError."""
-    kind, _, value = text.partition("=")
+    kind, _, rest = text.partition("=")
+    value, at, share = rest.partition("@")
     try:
-        number = float(value)
+        number, certainty = float(value), float(share) if at else None
     except ValueError:
+        number, certainty = math.nan, None
+    if kind == "risk" and 0 < number < 1 and (certainty is None or 0 < certainty < 1):
+        return Goal("risk", number, certainty)
+    if at:
         number = math.nan
     if kind == "quality" and 0 < number <= 1:
         return Goal("quality", number)
     if kind == "cost" and 0 <= number < math.inf:
         return Goal("cost", number)
-    if kind == "risk" and 0 < number < 1:
-        return Goal("risk", number)
-    raise UsageError(f"{text!r} is no goal", "quality=0.95, cost=0.0005 or risk=0.05.")
+    raise UsageError(f"{text!r} is no goal", "quality=0.95, cost=0.0005, risk=0.05 or risk=0.05@0.95.")
 
 
 def halves(cases: Sequence[Case], salt: str = "") -> tuple[list[Case], list[Case]]:
@@ -93,7 +98,10 @@ def risks(policy: Policy, cases: Sequence[Case]) -> list[float]:
 def choose(risk: Sequence[float], cases: Sequence[Case], goal: Goal) -> float:
     """The threshold for a goal. Raises: CheckFailed."""
     if goal.kind == "risk":
-        return conformal_threshold(risk, [case.cloud_right and not case.local_right for case in cases], goal.value)
+        loss = [case.cloud_right and not case.local_right for case in cases]
+        if goal.certainty is not None:
+            return certain_threshold(risk, loss, goal.value, goal.certainty)
+        return conformal_threshold(risk, loss, goal.value)
     below = math.nextafter(min(risk), -math.inf)
     candidates = sorted({*risk, below}, reverse=True)  # from keeping all to deferring all
     if goal.kind == "quality":

@@ -76,7 +76,7 @@ def _answering(command: Command) -> Command:
     "goal_text",
     default="quality=0.95",
     show_default=True,
-    help="quality=SHARE of the cloud's at least cost, cost=MEAN per request, or risk=ALPHA.",
+    help="quality=SHARE of the cloud's at least cost, cost=MEAN per request, or risk=ALPHA[@CERTAINTY].",
 )
 @dry_run_option
 @json_option
