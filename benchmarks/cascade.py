@@ -49,7 +49,7 @@ ALPHAS = (0.05, 0.1, 0.15)
 """Certified risks: shares of answers kept though wrong, while the cloud's was right."""
 CERTAINTY = 0.95
 BATCH = 25
-"""Questions of one task that are answered before the next task's."""
+"""Questions between two lines of progress."""
 
 CASCADE = """schema = 1
 [local]
@@ -72,7 +72,10 @@ enabled = false
 # --- Questions ------------------------------------------------------------------
 
 SYSTEM = "Reply with the result only."
-WORDS = ["red", "moon", "tree", "dog", "blue", "fish", "car", "stone", "rain", "bird", "house", "river", "green", "book", "lamp", "door", "wind", "snow", "road", "ship", "gold", "fire", "sand", "milk", "bread", "chair", "table", "cloud", "star", "leaf"]
+WORDS = (
+    "red moon tree dog blue fish car stone rain bird house river green book lamp door wind snow road ship gold fire"
+    " sand milk bread chair table cloud star leaf"
+).split()  # noqa: SIM905
 
 
 def sums(choose: random.Random) -> tuple[str, str]:
@@ -138,12 +141,11 @@ def make_model(work: Path, name: str) -> None:
 # --- Answers --------------------------------------------------------------------
 
 
-def answer(work: Path, questions: int, threads: int) -> dict[str, list[Case]]:
-    """Both sides' answers, of every task; asked where they are not yet known, the tasks taking turns.
-
-    The server runs for the questions that are left; its port is no part of what an answer is kept under.
-    """
+def answer(work: Path, tasks: Sequence[str], questions: int, threads: int) -> dict[str, list[Case]]:
+    """Both sides' answers, of every task; asked where they are not yet known. The server's port changes nothing."""
     import tempfile
+
+    from edgeft.paths import write_text
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from serving import serving
@@ -151,25 +153,24 @@ def answer(work: Path, questions: int, threads: int) -> dict[str, list[Case]]:
     with tempfile.TemporaryDirectory() as folder:
         options = ("--threads", str(threads), "--threads-batch", str(threads), "--no-log")
         with serving(Path(folder), f"heavy={work / 'heavy.gguf'}", *options) as server:
-            return collect(work, CASCADE.format(url=server.url, threads=threads), questions)
+            file = work / f"cascade-{'-'.join(tasks)}.toml"
+            write_text(file, CASCADE.format(url=server.url, threads=threads))
+            return {task: collect(file, task, questions) for task in tasks}
 
 
-def collect(work: Path, settings: str, questions: int) -> dict[str, list[Case]]:
+def collect(file: Path, task: str, questions: int) -> list[Case]:
     from edgeft.cascade import Cascade
-    from edgeft.paths import write_text
     from edgeft.progress import Silent
 
-    write_text(work / "cascade.toml", settings)
-    asked = {task: examples(task, max(EXAMPLES.values()), questions)[1] for task in TASKS}
-    found: dict[str, list[Case]] = {task: [] for task in TASKS}
+    asked, found = examples(task, max(EXAMPLES.values()), questions)[1], list[Case]()
     began = time.monotonic()
-    with Cascade.open(work / "cascade.toml", calibrated=False) as cascade:
-        collector = Collector(cascade, AnswerFile(work / "answers.jsonl"), MAX_TOKENS, "exact")
+    with Cascade.open(file, calibrated=False) as cascade:
+        answers = AnswerFile(file.parent / f"answers-{task}.jsonl")
+        collector = Collector(cascade, answers, MAX_TOKENS, "exact")
         for start in range(0, questions, BATCH):
-            for task, every in asked.items():
-                found[task] += collector.collect(every[start : start + BATCH], 1.0, Silent())
+            found += collector.collect(asked[start : start + BATCH], 1.0, Silent())
             seconds = time.monotonic() - began
-            print(f"{start + BATCH} of {questions} per task, {seconds:.0f} s", file=sys.stderr, flush=True)
+            print(f"{task}: {len(found)} of {questions} answered, {seconds:.0f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -295,6 +296,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for data, runs, models and answers")
     parser.add_argument("--questions", type=int, default=400, help="per task")
     parser.add_argument("--only", choices=("heavy", "light", "answers", "report"), help="this step alone")
+    parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--threads", type=int, default=0, help="of each model; 0: one per core")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
@@ -305,7 +307,7 @@ def main() -> None:
             make_model(work, name)
     if options.only in TARGETS:
         return
-    cases = answer(work, options.questions, options.threads)
+    cases = answer(work, options.tasks.split(","), options.questions, options.threads)
     if options.only == "answers":
         return
     figures = report(cases)
