@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 MODEL, TARGETS = "smollm2-135m", {"heavy": "gguf-q8_0", "light": "gguf-q4_0"}
-EXAMPLES = {"heavy": 350, "light": 70}
+EXAMPLES = {"heavy": 300, "light": 60}
 """Per task; those of the light model are the first of the heavy one's."""
 MAX_TOKENS, STEP_TOKENS, RATE, RANK = 24, 512, 2e-3, 16
 SEEDS, RESPLITS, ROUNDS = range(5), 1000, 2000

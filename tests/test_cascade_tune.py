@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -14,7 +15,7 @@ from edgeft.cascade.answers import Case, is_right
 from edgeft.cascade.calibration import certain_threshold, conformal_threshold
 from edgeft.cascade.metrics import curve, interval, resampled
 from edgeft.cascade.settings import PolicySettings, read_settings
-from edgeft.cascade.tune import Goal, outcome, parse_goal, policy_for, risks, tune
+from edgeft.cascade.tune import Goal, cross_fitted, fitted, halves, outcome, parse_goal, policy_for, risks, tune
 from edgeft.cli._cascade_tune import with_policy
 from edgeft.cli.main import main
 from edgeft.errors import CheckFailed, UsageError
@@ -79,6 +80,23 @@ def test_a_certified_risk_holds_in_nearly_all_resplits() -> None:
             outcome(risks(policy_for(settings, "learned", found), unseen), unseen, found.threshold)["kept_wrong"]
         )
     assert sum(kept) / len(kept) <= 0.1
+
+
+def test_a_threshold_is_chosen_by_risks_that_an_answers_own_outcome_did_not_shape() -> None:
+    found = cases(200, 5)
+    before = cross_fitted(found, "s")
+    for place in range(3):
+        other = dataclasses.replace(found[place], local_right=not found[place].local_right, cloud_right=True)
+        changed = cross_fitted([*found[:place], other, *found[place + 1 :]], "s")
+        assert changed[place] == before[place] and changed != before
+
+
+def test_what_a_goal_leaves_free_is_all_used() -> None:
+    found, settings = cases(300, 6), PolicySettings()
+    everyone, half = fitted(found), fitted(halves(found)[0])
+    assert tune(found, settings, "learned", Goal("quality", 0.95), "x").weights == everyone["weights"]
+    assert tune(found, settings, "learned", Goal("risk", 0.1), "x").weights == half["weights"]
+    assert tune(found, settings, "quantile", Goal("risk", 0.3), "x").measured["examples"] == 300
 
 
 def test_a_certain_risk_holds_for_nearly_every_calibration_set_and_an_expected_one_on_average() -> None:

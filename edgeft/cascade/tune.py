@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgeft.cascade.answers import Case
 from edgeft.cascade.calibration import Calibration, certain_threshold, conformal_threshold, fit_logistic
-from edgeft.cascade.policies import Evidence, Policy, make_policy
+from edgeft.cascade.policies import Evidence, Learned, Policy, make_policy
 from edgeft.cascade.settings import PolicySettings
 from edgeft.errors import CheckFailed, DataError, UsageError
 
 TUNABLE = ("learned", "quantile", "margin", "entropy")
 _FEWEST = 20
+_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,34 @@ def tune(
     fit, hold = halves(cases, salt)
     if len(fit) < _FEWEST or len(hold) < _FEWEST:
         raise DataError(f"{len(cases)} answered examples are too few", f"Give at least {4 * _FEWEST}.")
-    parts = fitted(fit) if kind == "learned" else {}
-    draft = Calibration(kind, 0.0, settings.judge_tokens, artifact, goal=str(goal), **parts)
-    risk = risks(policy_for(settings, kind, draft), hold)
+    if kind != "learned":
+        # Nothing is fitted, so that every answer can choose the threshold.
+        parts, hold = {}, list(cases)
+        risk = risks(policy_for(settings, kind), hold)
+    elif goal.kind == "risk":
+        # The promise needs answers that the fit has not seen.
+        parts = fitted(fit)
+        risk = risks(_learned(parts), hold)
+    else:
+        parts, hold = fitted(cases), list(cases)
+        risk = cross_fitted(hold, salt)
     threshold = choose(risk, hold, goal)
     measured = outcome(risk, hold, threshold)
     return Calibration(kind, threshold, settings.judge_tokens, artifact, goal=str(goal), measured=measured, **parts)
+
+
+def cross_fitted(cases: Sequence[Case], salt: str = "") -> list[float]:
+    """Of each answer the risk by a fit to the folds that it is not in."""
+    place = [hashlib.sha256((salt + case.key).encode()).digest()[1] % _FOLDS for case in cases]
+    policies = [
+        _learned(fitted([case for case, other in zip(cases, place, strict=True) if other != fold]))
+        for fold in range(_FOLDS)
+    ]
+    return [risks(policies[fold], [case])[0] for case, fold in zip(cases, place, strict=True)]
+
+
+def _learned(parts: Mapping[str, Any]) -> Policy:
+    return Learned(Calibration("learned", 0.0, -1, "", **parts))
 
 
 def fitted(cases: Sequence[Case]) -> dict[str, Any]:
