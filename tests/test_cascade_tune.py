@@ -121,6 +121,15 @@ def test_a_certain_risk_needs_answers_enough() -> None:
     assert "at least 59" in str(refused.value.hint)
 
 
+@pytest.mark.parametrize(("losses", "answers"), [(1, 93), (2, 124), (3, 153)])
+def test_so_many_losses_are_allowed_among_so_many_answers(losses: int, answers: int) -> None:
+    """The smallest sample sizes for a certainty of 95 % that at most 5 % are losses; 59 without any: the test above."""
+    risk = [float(place) for place in range(answers)]
+    loss = [place >= answers - losses for place in range(answers)]
+    assert certain_threshold(risk, loss, 0.05, 0.95) == answers - 1
+    assert certain_threshold(risk[1:], loss[1:], 0.05, 0.95) == answers - 2
+
+
 @pytest.mark.parametrize("text", ["risk=0.05", "risk=0.05@0.95", "quality=0.9", "cost=0"])
 def test_goals_are_read_as_they_are_written(text: str) -> None:
     assert str(parse_goal(text)) == text
