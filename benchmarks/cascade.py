@@ -47,7 +47,8 @@ MAX_TOKENS, STEP_TOKENS, RATE, RANK = 24, 512, 2e-3, 16
 SEEDS, RESPLITS, ROUNDS = range(5), 1000, 2000
 ALPHAS = (0.05, 0.1, 0.15)
 """Certified risks: shares of answers kept though wrong, while the cloud's was right."""
-CERTAINTY = 0.95
+CERTAINTIES = (0.95, 0.99)
+"""Of the measured half, which is a sample itself, the first is broken more often than in one of twenty."""
 BATCH = 25
 """Questions between two lines of progress."""
 
@@ -255,11 +256,11 @@ def policy_risks(cases: Sequence[Case], settings: PolicySettings, tuned: Sequenc
 
 
 def kept(cases: Sequence[Case], resplits: int) -> dict[str, Any]:
-    """Tuned for a risk again and again: how often the judged half stays within it, by each of the two promises.
+    """Tuned for a risk again and again: how often the judged half stays within it, by each promise.
 
     The steps of `tune`, with one fit for all goals.
     """
-    settings, goals = PolicySettings(), [Goal("risk", alpha, sure) for alpha in ALPHAS for sure in (None, CERTAINTY)]
+    settings, goals = PolicySettings(), [Goal("risk", alpha, sure) for alpha in ALPHAS for sure in (None, *CERTAINTIES)]
     found: dict[str, list[dict[str, float]]] = {str(goal): [] for goal in goals}
     refused: dict[str, str] = {}
     for seed in range(resplits):
