@@ -292,6 +292,27 @@ def promise(found: Sequence[Mapping[str, float]], alpha: float, refusal: str | N
     }
 
 
+def tables(figures: Mapping[str, Any]) -> str:
+    """As Markdown."""
+    tasks, order = figures["tasks"], ("learned", "quantile", "margin", "entropy", CONFIDENCE, "random", "oracle")
+    lines = [f"| task | questions | device | cloud | {' | '.join(order)} | learned above confidence |"]
+    lines.append("|---" * (5 + len(order)) + "|")
+    for task, each in tasks.items():
+        above = each["above_confidence"]
+        cells = [each["questions"], f"{each['local_quality']:.1%}", f"{each['cloud_quality']:.1%}"]
+        cells += [f"{each['apgr'][name]:.3f}" for name in order]
+        cells.append(f"{above['mean']:+.3f} [{above['low']:+.3f}, {above['high']:+.3f}]")
+        lines.append(f"| {task} | {' | '.join(map(str, cells))} |")
+    lines += ["", f"Learned, mean APGR: {figures['learned_apgr']:.3f}.", ""]
+    lines += ["| task | goal | re-splits with a promise | kept | mean risk | deferred |", "|---" * 6 + "|"]
+    for task, goals in figures["risk"].items():
+        for goal, one in goals.items():
+            known = (one["within"], one["mean_risk"], one["mean_deferred"]) if one["promised"] else ()
+            cells = [f"{value:.1%}" for value in known] or ["refused", "", ""]
+            lines.append(f"| {task} | `{goal}` | {one['promised']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data, runs, models and answers")
@@ -312,7 +333,7 @@ def main() -> None:
     if options.only == "answers":
         return
     figures = report(cases)
-    print(json.dumps(figures) if options.json else json.dumps(figures, indent=1))
+    print(json.dumps(figures) if options.json else tables(figures))
 
 
 if __name__ == "__main__":

@@ -61,3 +61,13 @@ def test_risks_are_kept_on_average_or_nearly_always_as_promised() -> None:
 def test_too_few_answers_promise_nothing() -> None:
     found = benchmark.kept(cases(160, 1.0), 3)["risk=0.05@0.95"]
     assert found["promised"] == 0 and "cannot be promised" in found["refused"]
+
+
+def test_a_report_has_a_line_for_every_task_and_promise() -> None:
+    figures = benchmark.report({"easy": cases(200, 1.0), "blind": cases(200, 0.0)}, resplits=3, rounds=20)
+    assert figures["tasks_above_confidence"] >= 1
+    mean = sum(each["apgr"]["learned"] for each in figures["tasks"].values()) / 2
+    assert figures["learned_apgr"] == pytest.approx(mean)
+    lines = benchmark.tables(figures).splitlines()
+    assert sum(line.startswith("| easy |") for line in lines) == 1 + 9
+    assert any("`risk=0.05@0.99`" in line and "refused" in line for line in lines)
