@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 from faulty_cloud import FaultyCloud, faulty_cloud
 
 from edgeft.cascade.answers import Case, is_right
+from edgeft.cascade.calibration import certain_threshold, conformal_threshold
 from edgeft.cascade.metrics import curve, interval, resampled
 from edgeft.cascade.settings import PolicySettings, read_settings
-from edgeft.cascade.tune import Goal, outcome, policy_for, risks, tune
+from edgeft.cascade.tune import Goal, cross_fitted, fitted, halves, outcome, parse_goal, policy_for, risks, tune
 from edgeft.cli._cascade_tune import with_policy
 from edgeft.cli.main import main
+from edgeft.errors import CheckFailed, UsageError
 
 
 def cases(count: int, seed: int) -> list[Case]:
@@ -77,6 +80,65 @@ def test_a_certified_risk_holds_in_nearly_all_resplits() -> None:
             outcome(risks(policy_for(settings, "learned", found), unseen), unseen, found.threshold)["kept_wrong"]
         )
     assert sum(kept) / len(kept) <= 0.1
+
+
+def test_a_threshold_is_chosen_by_risks_that_an_answers_own_outcome_did_not_shape() -> None:
+    found = cases(200, 5)
+    before = cross_fitted(found, "s")
+    for place in range(3):
+        other = dataclasses.replace(found[place], local_right=not found[place].local_right, cloud_right=True)
+        changed = cross_fitted([*found[:place], other, *found[place + 1 :]], "s")
+        assert changed[place] == before[place] and changed != before
+
+
+def test_what_a_goal_leaves_free_is_all_used() -> None:
+    found, settings = cases(300, 6), PolicySettings()
+    everyone, half = fitted(found), fitted(halves(found)[0])
+    assert tune(found, settings, "learned", Goal("quality", 0.95), "x").weights == everyone["weights"]
+    assert tune(found, settings, "learned", Goal("risk", 0.1), "x").weights == half["weights"]
+    assert tune(found, settings, "quantile", Goal("risk", 0.3), "x").measured["examples"] == 300
+
+
+def test_a_certain_risk_holds_for_nearly_every_calibration_set_and_an_expected_one_on_average() -> None:
+    """Risks are uniform and a third of answers is a loss at any risk, so that the true risk at t is t / 3."""
+    expected, certain = [], []
+    for round_ in range(400):
+        choose = random.Random(round_)
+        risk = [choose.random() for _ in range(150)]
+        loss = [choose.random() < 1 / 3 for _ in risk]
+        expected.append(conformal_threshold(risk, loss, 0.1) / 3)
+        certain.append(certain_threshold(risk, loss, 0.1, 0.95) / 3)
+    assert 0.09 < sum(expected) / 400 <= 0.1 and sum(one > 0.1 for one in expected) > 100
+    assert sum(one > 0.1 for one in certain) <= 0.05 * 400 + 9  # two standard deviations of 400 draws
+    assert sum(certain) / 400 > 0.05
+
+
+def test_a_certain_risk_needs_answers_enough() -> None:
+    # 0.95^58 = 0.051, 0.95^59 = 0.0485
+    assert certain_threshold([0.1] * 59, [False] * 59, 0.05, 0.95) == 0.1
+    with pytest.raises(CheckFailed, match=r"0\.05 cannot .* certainty of 0\.95 by 58 .* bound is 0\.0503") as refused:
+        certain_threshold([0.1] * 58, [False] * 58, 0.05, 0.95)
+    assert "at least 59" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(("losses", "answers"), [(1, 93), (2, 124), (3, 153)])
+def test_so_many_losses_are_allowed_among_so_many_answers(losses: int, answers: int) -> None:
+    """The smallest sample sizes for a certainty of 95 % that at most 5 % are losses; 59 without any: the test above."""
+    risk = [float(place) for place in range(answers)]
+    loss = [place >= answers - losses for place in range(answers)]
+    assert certain_threshold(risk, loss, 0.05, 0.95) == answers - 1
+    assert certain_threshold(risk[1:], loss[1:], 0.05, 0.95) == answers - 2
+
+
+@pytest.mark.parametrize("text", ["risk=0.05", "risk=0.05@0.95", "quality=0.9", "cost=0"])
+def test_goals_are_read_as_they_are_written(text: str) -> None:
+    assert str(parse_goal(text)) == text
+
+
+@pytest.mark.parametrize("text", ["risk=0.05@1", "risk=0.05@", "risk=@0.9", "quality=0.9@0.9", "cost=1@0.5", "risk=1"])
+def test_what_is_no_goal_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no goal"):
+        parse_goal(text)
 
 
 @pytest.mark.parametrize(

@@ -125,12 +125,51 @@ def conformal_threshold(risk: Sequence[float], loss: Sequence[bool], alpha: floa
             f"a risk of {alpha:g} cannot be promised with {count} calibration answers: the bound is {bound:.4g}",
             f"Give at least {math.ceil(1 / alpha) - 1 if alpha > 0 else 'infinitely many'} answers, or a higher risk.",
         )
+    return _loosest(risk, loss, math.floor(alpha * (count + 1) - 1 + 1e-9))
+
+
+def certain_threshold(risk: Sequence[float], loss: Sequence[bool], alpha: float, certainty: float) -> float:
+    """The loosest threshold whose risk is at most `alpha` for all but 1 - `certainty` of calibration sets.
+
+    Bates et al. 2021 (arXiv 2101.02703): the loss rises with the threshold, so it is enough that the exact binomial
+    bound holds at each threshold up to the chosen one: P(Binomial(n, alpha) <= losses) <= 1 - certainty.
+
+    Args:
+        risk, loss: as for `conformal_threshold`.
+
+    Raises:
+        CheckFailed: even no loss at all among n answers would not make it so certain.
+    """
+    count, doubt = len(risk), 1 - certainty
+    if (1 - alpha) ** count > doubt:
+        needed = math.ceil(math.log(doubt) / math.log1p(-alpha))
+        raise CheckFailed(
+            f"a risk of {alpha:g} cannot be promised with a certainty of {certainty:g} by {count} calibration answers:"
+            f" the bound is {1 - doubt ** (1 / count):.4g}",
+            f"Give at least {needed} answers, a higher risk or less certainty.",
+        )
+    return _loosest(risk, loss, _allowed_losses(count, alpha, doubt))
+
+
+def _allowed_losses(count: int, alpha: float, doubt: float) -> int:
+    """The largest k with P(Binomial(count, alpha) <= k) <= doubt."""
+    total = 0.0
+    for losses in range(count + 1):
+        chosen = math.lgamma(count + 1) - math.lgamma(losses + 1) - math.lgamma(count - losses + 1)
+        total += math.exp(chosen + losses * math.log(alpha) + (count - losses) * math.log1p(-alpha))
+        if total > doubt:
+            return losses - 1
+    return count
+
+
+def _loosest(risk: Sequence[float], loss: Sequence[bool], allowed: int) -> float:
+    """The highest threshold that keeps at most so many losses, answers of the same risk being kept together."""
     best, lost = math.nextafter(min(risk), -math.inf), 0
     ordered = sorted(zip(risk, loss, strict=True))
     for position, (value, bad) in enumerate(ordered):
         lost += bad
-        last_of_ties = position + 1 == count or ordered[position + 1][0] > value
-        if (lost + 1) / (count + 1) > alpha:
+        last_of_ties = position + 1 == len(ordered) or ordered[position + 1][0] > value
+        if lost > allowed:
             break
         if last_of_ties:
             best = value

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgeft.cascade.answers import Case
-from edgeft.cascade.calibration import Calibration, conformal_threshold, fit_logistic
-from edgeft.cascade.policies import Evidence, Policy, make_policy
+from edgeft.cascade.calibration import Calibration, certain_threshold, conformal_threshold, fit_logistic
+from edgeft.cascade.policies import Evidence, Learned, Policy, make_policy
 from edgeft.cascade.settings import PolicySettings
 from edgeft.errors import CheckFailed, DataError, UsageError
 
 TUNABLE = ("learned", "quantile", "margin", "entropy")
 _FEWEST = 20
+_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -24,25 +25,30 @@ class Goal:
 
     kind: Literal["quality", "cost", "risk"]
     value: float
+    certainty: float | None = None
+    """Of a risk: share of calibration sets for which it holds; None: it holds on average over them."""
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.value:g}"
+        return f"{self.kind}={self.value:g}" + (f"@{self.certainty:g}" if self.certainty else "")
 
 
 def parse_goal(text: str) -> Goal:
     """Raises: UsageError."""
-    kind, _, value = text.partition("=")
+    kind, _, rest = text.partition("=")
+    value, at, share = rest.partition("@")
     try:
-        number = float(value)
+        number, certainty = float(value), float(share) if at else None
     except ValueError:
+        number, certainty = math.nan, None
+    if kind == "risk" and 0 < number < 1 and (certainty is None or 0 < certainty < 1):
+        return Goal("risk", number, certainty)
+    if at:
         number = math.nan
     if kind == "quality" and 0 < number <= 1:
         return Goal("quality", number)
     if kind == "cost" and 0 <= number < math.inf:
         return Goal("cost", number)
-    if kind == "risk" and 0 < number < 1:
-        return Goal("risk", number)
-    raise UsageError(f"{text!r} is no goal", "quality=0.95, cost=0.0005 or risk=0.05.")
+    raise UsageError(f"{text!r} is no goal", "quality=0.95, cost=0.0005, risk=0.05 or risk=0.05@0.95.")
 
 
 def halves(cases: Sequence[Case], salt: str = "") -> tuple[list[Case], list[Case]]:
@@ -65,12 +71,34 @@ def tune(
     fit, hold = halves(cases, salt)
     if len(fit) < _FEWEST or len(hold) < _FEWEST:
         raise DataError(f"{len(cases)} answered examples are too few", f"Give at least {4 * _FEWEST}.")
-    parts = fitted(fit) if kind == "learned" else {}
-    draft = Calibration(kind, 0.0, settings.judge_tokens, artifact, goal=str(goal), **parts)
-    risk = risks(policy_for(settings, kind, draft), hold)
+    if kind != "learned":
+        # Nothing is fitted, so that every answer can choose the threshold.
+        parts, hold = {}, list(cases)
+        risk = risks(policy_for(settings, kind), hold)
+    elif goal.kind == "risk":
+        # The promise needs answers that the fit has not seen.
+        parts = fitted(fit)
+        risk = risks(_learned(parts), hold)
+    else:
+        parts, hold = fitted(cases), list(cases)
+        risk = cross_fitted(hold, salt)
     threshold = choose(risk, hold, goal)
     measured = outcome(risk, hold, threshold)
     return Calibration(kind, threshold, settings.judge_tokens, artifact, goal=str(goal), measured=measured, **parts)
+
+
+def cross_fitted(cases: Sequence[Case], salt: str = "") -> list[float]:
+    """Of each answer the risk by a fit to the folds that it is not in."""
+    place = [hashlib.sha256((salt + case.key).encode()).digest()[1] % _FOLDS for case in cases]
+    policies = [
+        _learned(fitted([case for case, other in zip(cases, place, strict=True) if other != fold]))
+        for fold in range(_FOLDS)
+    ]
+    return [risks(policies[fold], [case])[0] for case, fold in zip(cases, place, strict=True)]
+
+
+def _learned(parts: Mapping[str, Any]) -> Policy:
+    return Learned(Calibration("learned", 0.0, -1, "", **parts))
 
 
 def fitted(cases: Sequence[Case]) -> dict[str, Any]:
@@ -93,7 +121,10 @@ def risks(policy: Policy, cases: Sequence[Case]) -> list[float]:
 def choose(risk: Sequence[float], cases: Sequence[Case], goal: Goal) -> float:
     """The threshold for a goal. Raises: CheckFailed."""
     if goal.kind == "risk":
-        return conformal_threshold(risk, [case.cloud_right and not case.local_right for case in cases], goal.value)
+        loss = [case.cloud_right and not case.local_right for case in cases]
+        if goal.certainty is not None:
+            return certain_threshold(risk, loss, goal.value, goal.certainty)
+        return conformal_threshold(risk, loss, goal.value)
     below = math.nextafter(min(risk), -math.inf)
     candidates = sorted({*risk, below}, reverse=True)  # from keeping all to deferring all
     if goal.kind == "quality":

@@ -76,7 +76,7 @@ def _answering(command: Command) -> Command:
     "goal_text",
     default="quality=0.95",
     show_default=True,
-    help="quality=SHARE of the cloud's at least cost, cost=MEAN per request, or risk=ALPHA.",
+    help="quality=SHARE of the cloud's at least cost, cost=MEAN per request, or risk=ALPHA[@CERTAINTY].",
 )
 @dry_run_option
 @json_option
@@ -96,8 +96,9 @@ def tune(
 ) -> int:
     """Fit the policy in FILE to its very model, and choose the threshold for a goal.
 
-    Half of the answers fit the policy, the other half chooses the threshold. A goal of risk=ALPHA bounds the share of
-    answers that are kept though wrong while the cloud's was right; a bound that cannot be promised ends with 5.
+    The threshold is chosen by answers that the fit has not seen: in five folds, or for a risk in two halves. A goal of
+    risk=ALPHA bounds the share of answers that are kept though wrong while the cloud's was right; a bound that cannot
+    be promised ends with 5. It holds on average over calibration sets, or with @0.95 for 95 % of them.
     """
     from edgeft.cascade import Cascade
     from edgeft.cascade.tune import parse_goal

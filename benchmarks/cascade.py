@@ -1,0 +1,340 @@
+"""A real cascade on this machine: is a learned policy better than confidence, and is a certified risk kept?
+
+    python benchmarks/cascade.py --work FOLDER [--questions 400] [--only heavy|light|answers|report] [--json]
+
+Three tasks made by code, of varying difficulty: sums, word lists reversed, numbers sorted. The cloud is SmolLM2-135M
+trained on them (Q8_0) behind `edgeft serve` on loopback; the device is the same base trained on a part of that (Q4_0),
+in edgeft's own runtime. Each question is asked once on both sides by the code behind `edgeft cascade tune`. Everything
+is kept in FOLDER, so that a stopped run goes on; a step can be computed alone with --only, and a report of the first
+questions is made with a smaller --questions once these are answered.
+
+Each of five seeds splits a task's questions in two: on the first half a policy is tuned, on the second it is judged.
+APGR is the mean over seeds. Intervals: the middle 95 % of 2,000 resamples of the questions, each question kept or left
+in all five splits and in both policies at once, so that the overlap of the splits does not narrow them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeft.cascade.answers import AnswerFile, Case, Collector
+from edgeft.cascade.calibration import Calibration
+from edgeft.cascade.metrics import curve, interval
+from edgeft.cascade.report import CONFIDENCE
+from edgeft.cascade.settings import PolicySettings
+from edgeft.cascade.tune import Goal, choose, fitted, halves, outcome, policy_for, risks, tune
+from edgeft.data.example import Example
+from edgeft.errors import CheckFailed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+MODEL, TARGETS = "smollm2-135m", {"heavy": "gguf-q8_0", "light": "gguf-q4_0"}
+EXAMPLES = {"heavy": 300, "light": 60}
+"""Per task; those of the light model are the first of the heavy one's."""
+MAX_TOKENS, STEP_TOKENS, RATE, RANK = 24, 512, 2e-3, 16
+SEEDS, RESPLITS, ROUNDS = range(5), 1000, 2000
+ALPHAS = (0.05, 0.1, 0.15)
+"""Certified risks: shares of answers kept though wrong, while the cloud's was right."""
+CERTAINTIES = (0.95, 0.99)
+"""Of the measured half, which is a sample itself, the first is broken more often than in one of twenty."""
+BATCH = 25
+"""Questions between two lines of progress."""
+
+CASCADE = """schema = 1
+[local]
+model = "light.gguf"
+threads = {threads}
+[[cloud]]
+name = "heavy"
+url = "{url}/v1"
+model = "heavy"
+price-in = 0.00015
+price-out = 0.0006
+[policy]
+kind = "on-error"
+[privacy]
+redact = false
+[audit]
+enabled = false
+"""
+
+# --- Questions ------------------------------------------------------------------
+
+SYSTEM = "Reply with the result only."
+WORDS = (
+    "red moon tree dog blue fish car stone rain bird house river green book lamp door wind snow road ship gold fire"
+    " sand milk bread chair table cloud star leaf"
+)
+
+
+def sums(choose: random.Random) -> tuple[str, str]:
+    one, two = (choose.randrange(10 ** choose.randint(1, 3)) for _ in range(2))
+    return f"Add {one} and {two}.", str(one + two)
+
+
+def reversals(choose: random.Random) -> tuple[str, str]:
+    words = choose.sample(WORDS.split(), choose.randint(2, 6))
+    return f"Reverse: {' '.join(words)}", " ".join(reversed(words))
+
+
+def sorting(choose: random.Random) -> tuple[str, str]:
+    numbers = choose.sample(range(100), choose.randint(3, 5))
+    return f"Sort: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
+
+
+TASKS: Mapping[str, Callable[[random.Random], tuple[str, str]]] = {"sum": sums, "reverse": reversals, "sort": sorting}
+
+
+def examples(task: str, training: int, questions: int) -> tuple[list[Example], list[Example]]:
+    """Of one task, all different: to train on and to ask. More questions leave the first ones as they are."""
+    choose, found = random.Random(f"cascade {task}"), dict[str, str]()
+    while len(found) < training + questions:
+        found.setdefault(*TASKS[task](choose))
+    every = [_example(*pair) for pair in found.items()]
+    return every[:training], every[training:]
+
+
+def _example(question: str, answer: str) -> Example:
+    turns = (("system", SYSTEM), ("user", question), ("assistant", answer))
+    return Example(messages=tuple({"role": role, "content": text} for role, text in turns))
+
+
+# --- The two models -------------------------------------------------------------
+
+
+def make_model(work: Path, name: str) -> None:
+    """Train and export, unless the file is there."""
+    from edgeft import export
+    from edgeft.paths import write_text
+    from edgeft.progress import Silent
+    from edgeft.train import TrainConfig, read_config, train
+
+    file, run, data = work / f"{name}.gguf", work / "runs" / name, work / f"train-{name}"
+    if file.is_file():
+        return
+    lessons = [one for task in TASKS for one in examples(task, max(EXAMPLES.values()), 0)[0][: EXAMPLES[name]]]
+    random.Random(0).shuffle(lessons)
+    data.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"messages": list(one.messages)}) + "\n" for one in lessons)
+    write_text(data / "train.jsonl", "".join(lines))
+    resume = (run / "config.toml").is_file()
+    config = TrainConfig(
+        MODEL, str(data), run, method="lora", rank=RANK, epochs=1.0, learning_rate=RATE, batch_tokens=STEP_TOKENS,
+        micro_tokens=STEP_TOKENS, save_every=20, keep=1,
+    )  # fmt: skip
+    done = train(read_config(run) if resume else config, resume=resume)
+    print(f"{name}: {done.steps} steps, {done.tokens} tokens, {done.seconds:.0f} s", file=sys.stderr, flush=True)
+    export.export(export.prepare(str(run), TARGETS[name], out=file), Silent())
+
+
+# --- Answers --------------------------------------------------------------------
+
+
+def answer(work: Path, tasks: Sequence[str], questions: int, threads: int) -> dict[str, list[Case]]:
+    """Both sides' answers, of every task; asked where they are not yet known. The server's port changes nothing."""
+    import tempfile
+
+    from edgeft.paths import write_text
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from serving import serving
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = ("--threads", str(threads), "--threads-batch", str(threads), "--no-log")
+        with serving(Path(folder), f"heavy={work / 'heavy.gguf'}", *options) as server:
+            file = work / f"cascade-{'-'.join(tasks)}.toml"
+            write_text(file, CASCADE.format(url=server.url, threads=threads))
+            return {task: collect(file, task, questions) for task in tasks}
+
+
+def collect(file: Path, task: str, questions: int) -> list[Case]:
+    from edgeft.cascade import Cascade
+    from edgeft.progress import Silent
+
+    asked, found = examples(task, max(EXAMPLES.values()), questions)[1], list[Case]()
+    began = time.monotonic()
+    with Cascade.open(file, calibrated=False) as cascade:
+        answers = AnswerFile(file.parent / f"answers-{task}.jsonl")
+        collector = Collector(cascade, answers, MAX_TOKENS, "exact")
+        for start in range(0, questions, BATCH):
+            found += collector.collect(asked[start : start + BATCH], 1.0, Silent())
+            seconds = time.monotonic() - began
+            print(f"{task}: {len(found)} of {questions} answered, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+# --- Report ---------------------------------------------------------------------
+
+
+def report(cases: Mapping[str, Sequence[Case]], resplits: int = RESPLITS, rounds: int = ROUNDS) -> dict[str, Any]:
+    tasks = {task: judged(every, rounds) for task, every in cases.items()}
+    above = [each["above_confidence"] for each in tasks.values()]
+    return {
+        "tasks": tasks,
+        "learned_apgr": sum(each["apgr"]["learned"] for each in tasks.values()) / len(tasks),
+        "tasks_above_confidence": sum(each["low"] > 0 for each in above),
+        "risk": {task: kept(every, resplits) for task, every in cases.items()},
+    }
+
+
+def split(cases: Sequence[Case], seed: int) -> tuple[list[int], list[int]]:
+    """Places of the half that is tuned on, and of the half that is judged on."""
+    places = list(range(len(cases)))
+    random.Random(seed).shuffle(places)
+    return places[: len(cases) // 2], places[len(cases) // 2 :]
+
+
+def judged(cases: Sequence[Case], rounds: int) -> dict[str, Any]:
+    """APGR of every policy over the seeds, and how far the learned one is above confidence."""
+    import numpy as np
+
+    local, cloud, cost = columns(cases)
+    settings, splits = PolicySettings(), [split(cases, seed) for seed in SEEDS]
+    found = [policy_risks(cases, settings, tuned, str(seed)) for seed, (tuned, _) in zip(SEEDS, splits, strict=True)]
+    held = [np.array(test) for _, test in splits]
+
+    def apgr(name: str, weights: NDArray[np.int64]) -> float:
+        each = []
+        for risk, test in zip(found, held, strict=True):
+            rows = np.repeat(test, weights[test])
+            each.append(curve(risk[name][rows], local[rows], cloud[rows], cost[rows]).apgr)
+        return float(np.mean(each))
+
+    def judged_halves(name: str) -> list[tuple[Floats, ...]]:
+        each = zip(found, held, strict=True)
+        return [(risk[name][test], local[test], cloud[test], cost[test]) for risk, test in each]
+
+    generator, size = np.random.default_rng(0), len(cases)
+    once, again = np.ones(size, dtype=np.int64), list[float]()
+    for _ in range(rounds):
+        weights = np.bincount(generator.integers(0, size, size), minlength=size)
+        again.append(apgr("learned", weights) - apgr(CONFIDENCE, weights))
+    low, high = interval(again)
+    figures = {name: apgr(name, once) for name in found[0]}
+    return {
+        "questions": size,
+        "local_quality": float(local.mean()),
+        "cloud_quality": float(cloud.mean()),
+        "worth_asking": float(((local == 0) & (cloud == 1)).mean()),
+        "apgr": figures,
+        "above_confidence": {"mean": figures["learned"] - figures[CONFIDENCE], "low": low, "high": high},
+        "deferred_at_95": {
+            name: float(np.mean([curve(*rows).reaching(0.95)[0] for rows in judged_halves(name)])) for name in found[0]
+        },
+    }
+
+
+def columns(cases: Sequence[Case]) -> tuple[Floats, Floats, Floats]:
+    import numpy as np
+
+    local, cloud, cost = np.array([(case.local_right, case.cloud_right, case.cost) for case in cases], float).T
+    return local, cloud, cost
+
+
+def policy_risks(cases: Sequence[Case], settings: PolicySettings, tuned: Sequence[int], salt: str) -> dict[str, Floats]:
+    """Of all cases, by policies that saw only those at `tuned`."""
+    import numpy as np
+
+    local, cloud, _ = columns(cases)
+    calibration = tune([cases[place] for place in tuned], settings, "learned", Goal("quality", 0.95), "", salt)
+    names = ("learned", "quantile", "margin", "entropy")
+    found = {name: np.array(risks(policy_for(settings, name, calibration), cases)) for name in names}
+    confidence = np.array([-case.features["logprob_mean"] for case in cases])
+    return {**found, CONFIDENCE: confidence, "random": np.zeros(len(cases)), "oracle": cloud - local}
+
+
+def kept(cases: Sequence[Case], resplits: int) -> dict[str, Any]:
+    """Tuned for a risk again and again: how often the judged half stays within it, by each promise.
+
+    The steps of `tune`, with one fit for all goals.
+    """
+    settings, goals = PolicySettings(), [Goal("risk", alpha, sure) for alpha in ALPHAS for sure in (None, *CERTAINTIES)]
+    found: dict[str, list[dict[str, float]]] = {str(goal): [] for goal in goals}
+    refused: dict[str, str] = {}
+    for seed in range(resplits):
+        tuned, test = split(cases, 1000 + seed)
+        fit, hold = halves([cases[place] for place in tuned], str(seed))
+        policy = policy_for(settings, "learned", Calibration("learned", 0.0, -1, "", **fitted(fit)))
+        unseen = [cases[place] for place in test]
+        risk, risk_unseen = risks(policy, hold), risks(policy, unseen)
+        for goal in goals:
+            try:
+                threshold = choose(risk, hold, goal)
+            except CheckFailed as failure:
+                refused[str(goal)] = failure.message
+            else:
+                found[str(goal)].append(outcome(risk_unseen, unseen, threshold))
+    return {str(goal): promise(found[str(goal)], goal.value, refused.get(str(goal))) for goal in goals}
+
+
+def promise(found: Sequence[Mapping[str, float]], alpha: float, refusal: str | None) -> dict[str, Any]:
+    """A re-split whose calibration half was too small for the goal promised nothing, and is counted apart."""
+    count = len(found)
+    if not count:
+        return {"promised": 0, "refused": refusal}
+    return {
+        "promised": count,
+        "within": sum(each["kept_wrong"] <= alpha for each in found) / count,
+        "mean_risk": math.fsum(each["kept_wrong"] for each in found) / count,
+        "mean_deferred": math.fsum(each["deferred"] for each in found) / count,
+    }
+
+
+def tables(figures: Mapping[str, Any]) -> str:
+    """As Markdown."""
+    tasks, order = figures["tasks"], ("learned", "quantile", "margin", "entropy", CONFIDENCE, "random", "oracle")
+    lines = [f"| task | questions | device | cloud | {' | '.join(order)} | learned above confidence |"]
+    lines.append("|---" * (5 + len(order)) + "|")
+    for task, each in tasks.items():
+        above = each["above_confidence"]
+        cells = [each["questions"], f"{each['local_quality']:.1%}", f"{each['cloud_quality']:.1%}"]
+        cells += [f"{each['apgr'][name]:.3f}" for name in order]
+        cells.append(f"{above['mean']:+.3f} [{above['low']:+.3f}, {above['high']:+.3f}]")
+        lines.append(f"| {task} | {' | '.join(map(str, cells))} |")
+    lines += ["", f"Learned, mean APGR: {figures['learned_apgr']:.3f}.", ""]
+    lines += ["| task | goal | re-splits with a promise | kept | mean risk | deferred |", "|---" * 6 + "|"]
+    for task, goals in figures["risk"].items():
+        for goal, one in goals.items():
+            known = (one["within"], one["mean_risk"], one["mean_deferred"]) if one["promised"] else ()
+            cells = [f"{value:.1%}" for value in known] or ["refused", "", ""]
+            lines.append(f"| {task} | `{goal}` | {one['promised']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, runs, models and answers")
+    parser.add_argument("--questions", type=int, default=400, help="per task")
+    parser.add_argument("--only", choices=("heavy", "light", "answers", "report"), help="this step alone")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--threads", type=int, default=0, help="of each model; 0: one per core")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    work = options.work.resolve()
+    for name in TARGETS:
+        if options.only in (None, name):
+            make_model(work, name)
+    if options.only in TARGETS:
+        return
+    cases = answer(work, options.tasks.split(","), options.questions, options.threads)
+    if options.only == "answers":
+        return
+    figures = report(cases)
+    print(json.dumps(figures) if options.json else tables(figures))
+
+
+if __name__ == "__main__":
+    main()
