@@ -114,6 +114,8 @@ class Loaded:
     """Adapter name ("" for none) -> the system prompt of its training."""
     parallel: int = 1
     """Requests it takes at a time."""
+    cache_bytes: int | None = None
+    """Keys and values of all of them; None where the runtime does not say."""
 
 
 class Job(Protocol):

@@ -27,8 +27,9 @@ from typing import IO, Any, Protocol
 from edgeft.artifact import Artifact, read_manifest
 from edgeft.chat import Cancel, Delta, TokenIds, Usage
 from edgeft.errors import EdgeftError, UsageError, require
-from edgeft.plugins import AdapterScale, LoadOptions, Session
+from edgeft.plugins import AdapterScale, LoadOptions, Session, streams
 from edgeft.request_log import deferral_of
+from edgeft.serve.wardrobe import Wardrobe
 from edgeft.serve.work import Loaded, Origin, Work
 from edgeft.sessions import Opened, open_session
 
@@ -95,22 +96,28 @@ class SessionModel:
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
         self._adapters = {name: AdapterScale(Path(path), scale) for name, (path, scale) in asked["adapters"].items()}
-        self._active: str | None = None
         opened = self._open(asked)
         self._session, self._bundled = opened.session, opened.adapters
+        self._wardrobe = Wardrobe(self._put_on)
         self.loaded = self._described(opened)
 
     def close(self) -> None:
         self._session.close()
 
     def steps(self, work: Work, cancel: Cancel) -> Iterator[dict[str, Any]]:
-        self._adapt(work.adapter)
-        for delta in self._session.generate(_prompt(self._session, work), work.sampling, cancel):
-            yield _step(self._session, delta)
+        with self._wardrobe.wearing(work.adapter, cancel):
+            for delta in self._session.generate(_prompt(self._session, work), work.sampling, cancel):
+                yield _step(self._session, delta)
 
     def _open(self, asked: Mapping[str, Any]) -> Opened:
-        opened = open_session(asked["reference"], asked["runtime"], LoadOptions(**asked["options"]))
+        options = LoadOptions(**asked["options"])
+        opened = open_session(asked["reference"], asked["runtime"], options)
         try:
+            if streams(opened.session) < options.parallel:
+                raise UsageError(
+                    f"{opened.runtime} makes {streams(opened.session)} answers at a time, not {options.parallel}",
+                    "Leave out --parallel, or run a GGUF with llama.cpp.",
+                )
             for adapter in self._adapters.values():
                 opened.session.set_adapters([adapter])  # one that does not fit is refused now, not at a request
             opened.session.set_adapters(opened.adapters)
@@ -132,13 +139,12 @@ class SessionModel:
             opened.session.context,
             manifest.sha256 if manifest else None,
             system,
+            streams(opened.session),
+            getattr(opened.session, "cache_bytes", None),
         )
 
-    def _adapt(self, name: str | None) -> None:
-        """Put on the adapter that a request wants. Changing it empties the cache, so it is left when it is the same."""
-        if name != self._active:
-            self._session.set_adapters(self._bundled if name is None else [self._adapters[name]])
-            self._active = name
+    def _put_on(self, name: str | None) -> None:
+        self._session.set_adapters(self._bundled if name is None else [self._adapters[name]])
 
 
 class CascadeModel:
