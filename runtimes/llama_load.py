@@ -40,14 +40,15 @@ def load_model(library: Library, path: Path, options: LoadOptions) -> int:
 def make_context(library: Library, model: int, options: LoadOptions, path: Path, flash_attention: bool) -> int:
     params = library.llama_context_default_params()
     each = options.context or min(int(library.llama_model_n_ctx_train(model)), DEFAULT_CONTEXT)
-    params.n_ctx, params.n_seq_max = each * options.parallel, options.parallel
+    whole = each * options.parallel
+    params.n_ctx, params.n_seq_max = whole, options.parallel
     params.n_batch = params.n_ubatch = options.batch
     if not flash_attention:
         params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED; the default lets llama.cpp choose
     params.n_threads = options.threads or physical_cores()
     params.n_threads_batch = options.threads_batch or available_cores()
     try:
-        _check_memory(library, model, params.n_ctx, path)
+        _check_memory(library, model, whole, path)
     except ModelError:
         library.llama_model_free(model)
         raise

@@ -212,21 +212,18 @@ class LlamaSlots(LlamaSession):
         free = [slot for slot in self._slots if slot.free]
         prompt = stream.prompt[:-1]
         slot = max(free, key=lambda one: (len(common(one.cached, prompt)), -one.left))
-        shared = len(common(slot.cached, prompt))
-        if not self._cut(slot, shared):
-            shared = 0  # recurrent models cannot forget a part
+        self._cut(slot, len(common(slot.cached, prompt)))
         slot.free, stream.slot = False, slot
-        stream.answer.reused = shared
-        stream.pending = stream.prompt[shared:]
+        stream.answer.reused = len(slot.cached)
+        stream.pending = stream.prompt[len(slot.cached) :]
         self._running.append(stream)
 
-    def _cut(self, slot: Slot, length: int) -> bool:
-        """Keep so many tokens of a slot; False when that was not possible, and it has none now."""
-        done = bool(self._lib.llama_memory_seq_rm(self._memory, slot.number, length, -1))
-        if not done:
+    def _cut(self, slot: Slot, length: int) -> None:
+        """Keep so many tokens of a slot, or none: recurrent models cannot forget a part."""
+        if not self._lib.llama_memory_seq_rm(self._memory, slot.number, length, -1):
             self._lib.llama_memory_seq_rm(self._memory, slot.number, -1, -1)
-        slot.cached = slot.cached[:length] if done else []
-        return done
+            length = 0
+        slot.cached = slot.cached[:length]
 
     def _end(self, stream: Stream, error: EdgeftError | None = None) -> None:
         """The last word to a reader; what its slot has cached stays for the next."""
