@@ -1,16 +1,22 @@
 """What the server adds to the bare runtime: time per decoded token, and time to the first one.
 
     python benchmarks/serve.py [--json] [--model smollm2-135m] [--rounds 15]
+    python benchmarks/serve.py --streams [--model FILE] [--rounds 3]
 
 The rival is edgeft's own session in this process, on the same file, runtime and threads, without a server. The two
 take turns, the order changing, each round with a prompt of its own; a round's figure is the ratio of its two decode
 times, or the difference of its two times to the first token, from the request to the first text in the client's hands.
 Rendering the template counts on both sides.
+
+`--streams`: what continuous batching gains. Eight requests are sent at once to servers that write 1, 4 and 8 answers at
+a time, in turns; a figure is all tokens over the time from the first request to the last token. One request alone
+shows what places cost that nobody uses.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -19,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from serving import serving
 
 TOKENS = 128
+PLACES = (1, 4, 8)
 QUESTION = "Tell me a long story about a lighthouse keeper, the sea and a storm. Begin with the number {}."
 
 
@@ -98,19 +106,53 @@ def figures(results: list[tuple[tuple[float, float, int], ...]]) -> dict[str, An
     }
 
 
+def crowd(address: str, requests: int, number: int) -> tuple[float, float]:
+    """Tokens a second of all requests together, and the median time to the first token (s)."""
+    messages = [[{"role": "user", "content": QUESTION.format(1000 * number + n)}] for n in range(requests)]
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(requests) as pool:
+        found = list(pool.map(lambda one: served(address, one), messages))
+    seconds = time.perf_counter() - begun
+    return sum(count for *_, count in found) / seconds, statistics.median(first for first, *_ in found)
+
+
+def together(file: Path, folder: Path, count: int) -> dict[str, Any]:
+    """Median, over the rounds, of what 8 requests and 1 request see."""
+    seen: dict[str, list[tuple[float, float]]] = {}
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for places in PLACES:
+            own = folder / str(places)
+            own.mkdir()
+            servers[places] = stack.enter_context(serving(own, f"model={file}", "--parallel", str(places)))
+        for number in range(count + 1):
+            for places, requests in [*((places, 8) for places in PLACES), (1, 1), (8, 1)]:
+                found = crowd(urlsplit(servers[places].url).netloc, requests, 10 * number + places + requests)
+                if number:  # the first round warms up
+                    seen.setdefault(f"{requests} requests, --parallel {places}", []).append(found)
+        cache = {p: next(e["cache_mb"] for e in servers[p].events() if e["event"] == "model") for p in PLACES}
+    figures: dict[str, Any] = {"rounds": count, "tokens": TOKENS, "cores": len(os.sched_getaffinity(0))}
+    for name, values in seen.items():
+        figures[f"{name}: tokens/s"] = round(statistics.median(speed for speed, _ in values), 1)
+        figures[f"{name}: first token (ms)"] = round(statistics.median(first for _, first in values) * 1000)
+    return {**figures, **{f"--parallel {places}: cache (MB)": size for places, size in cache.items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one flat object")
     parser.add_argument("--model", default="smollm2-135m", help="a GGUF file or the name of one")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--streams", action="store_true", help="many answers at a time against one after another")
     arguments = parser.parse_args()
-    file = resolve(arguments.model, want="gguf").path
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serving(Path(folder), f"model={file}") as server,
-        open_session(str(file)).session as session,
-    ):
-        found = figures(rounds(urlsplit(server.url).netloc, session, arguments.rounds))
+    given = Path(arguments.model)
+    file = given.absolute() if given.is_file() else resolve(arguments.model, want="gguf").path
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.streams:
+            found = together(file, Path(folder), arguments.rounds)
+        else:
+            with serving(Path(folder), f"model={file}") as server, open_session(str(file)).session as session:
+                found = figures(rounds(urlsplit(server.url).netloc, session, arguments.rounds))
     machine = f"{platform.machine()}, {found['cores']} cores, Python {platform.python_version()}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in found.items())
     print(json.dumps(found) if arguments.json else f"{machine}\n\n| figure | value |\n|---|---|\n{rows}")
