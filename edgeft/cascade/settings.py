@@ -111,6 +111,8 @@ class ResilienceSettings:
     offline_s: float = 20.0
     retry_wait_s: float = 4.0
     queue_s: float = 2.0
+    hedge_percentile: float = 0.0
+    hedge_s: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,8 @@ def _check(settings: Settings) -> None:
             parse_endpoint(cloud.url)
         except EdgeftError as error:
             raise ConfigError(f"{where}: {cloud.name}: {error.message}", error.hint) from error
+    if settings.resilience.hedge_percentile >= 100:
+        raise ConfigError(f"{where}: resilience.hedge-percentile must be below 100")
     for pattern in (*settings.privacy.local_only, *settings.privacy.secrets):
         try:
             re.compile(pattern)
@@ -332,6 +336,8 @@ open-s = 30.0                # for so long; then one request tries
 offline-s = 20.0             # how long "no connection" is remembered
 retry-wait-s = 4.0           # longest wait before a retry
 queue-s = 2.0                # longest wait for a free connection
+# hedge-percentile = 95.0    # the next endpoint is asked, too, when the first begins later than it mostly does; 0: never
+# hedge-s = 2.0              # what counts as late while fewer than 20 answers are known
 
 [cache]
 expire-s = 0.0               # how long answers of the cloud are reused for the same request; 0: not at all

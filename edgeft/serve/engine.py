@@ -62,6 +62,10 @@ class EngineJob:
     def cancelled(self) -> bool:
         return self.aborted_at is not None
 
+    @property
+    def more(self) -> bool:
+        return not self.inbox.empty()
+
     async def steps(self) -> AsyncIterator[Step]:
         while True:
             step = await self.inbox.get()

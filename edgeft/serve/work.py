@@ -124,6 +124,10 @@ class Job(Protocol):
     queued_s: float
     """Seconds spent waiting for the model."""
 
+    @property
+    def more(self) -> bool:
+        """Whether the next step is there already."""
+
     def steps(self) -> AsyncIterator[Step]:
         """Raises: Failed."""
 

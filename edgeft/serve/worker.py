@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -33,8 +35,14 @@ from edgeft.serve.wardrobe import Wardrobe
 from edgeft.serve.work import Loaded, Origin, Work
 from edgeft.sessions import Opened, open_session
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _CASCADE_PARALLEL = 8
 """Requests a cascade works on at a time: those that wait for the cloud do not hold up the device."""
+
+
+_APART_S = 0.02
+"""Between two writes of one answer: 50 a second, faster than anybody reads. A model that is faster has several tokens in
+one, since every write wakes the server, which costs 0.3 to 0.5 ms on two cores that are busy with weights."""
 
 
 class Worker:
@@ -66,20 +74,26 @@ class Worker:
                 cancel.set()
 
     def _answer(self, model: Model, number: int, work: Work) -> None:
+        held: list[dict[str, Any]] = []
+        written = -math.inf
         try:
             for step in model.steps(work, self._cancels[number]):
-                self._say({"id": number, **step})
+                held.append({"id": number, **step})
+                now = time.perf_counter()
+                if now - written >= _APART_S or "usage" in step:
+                    self._say(*held)
+                    held, written = [], now
         except BrokenPipeError:
             pass
         except Exception as error:  # the border of a process: a plug-in may raise anything
-            self._say({"id": number, "error": _described(error)})
+            self._say(*held, {"id": number, "error": _described(error)})
         finally:
             del self._cancels[number]
 
-    def _say(self, message: Mapping[str, Any]) -> None:
-        line = json.dumps(message, separators=(",", ":")) + "\n"
+    def _say(self, *messages: Mapping[str, Any]) -> None:
+        lines = "".join(_ENCODER.encode(message) + "\n" for message in messages)
         with self._speaking:
-            self._out.write(line)
+            self._out.write(lines)
             self._out.flush()
 
 
