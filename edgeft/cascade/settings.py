@@ -119,6 +119,8 @@ class ResilienceSettings:
 class CacheSettings:
     expire_s: float = 0.0
     entries: int = 1000
+    near: float = 0.0
+    embedder: str = ""
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,8 @@ def _check(settings: Settings) -> None:
             raise ConfigError(f"{where}: {cloud.name}: {error.message}", error.hint) from error
     if settings.resilience.hedge_percentile >= 100:
         raise ConfigError(f"{where}: resilience.hedge-percentile must be below 100")
+    if not 0 <= settings.cache.near <= 1 or (settings.cache.near and not settings.cache.embedder):
+        raise ConfigError(f"{where}: cache.near lies between 0 and 1 and needs cache.embedder, a folder")
     for pattern in (*settings.privacy.local_only, *settings.privacy.secrets):
         try:
             re.compile(pattern)
@@ -341,6 +345,8 @@ queue-s = 2.0                # longest wait for a free connection
 
 [cache]
 expire-s = 0.0               # how long answers of the cloud are reused for the same request; 0: not at all
+# near = 0.95                # and for one whose question is so near (cosine), all else being the same; 0: not at all
+# embedder = "potion-base-8M" # folder of the static embedding model that says how near (extra `near`)
 
 [audit]
 enabled = true               # what left the device, why, and what it cost; no text

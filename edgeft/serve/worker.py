@@ -80,7 +80,7 @@ class Worker:
             for step in model.steps(work, self._cancels[number]):
                 held.append({"id": number, **step})
                 now = time.perf_counter()
-                if now - written >= _APART_S or "usage" in step:
+                if now - written >= _APART_S or "usage" in step or not model.steady:
                     self._say(*held)
                     held, written = [], now
         except BrokenPipeError:
@@ -99,6 +99,8 @@ class Worker:
 
 class Model(Protocol):
     loaded: Loaded
+    steady: bool
+    """Whether its tokens come one after the other with no long pause, as they do where they are computed here."""
 
     def steps(self, work: Work, cancel: Cancel) -> Iterator[dict[str, Any]]: ...
 
@@ -113,6 +115,7 @@ class SessionModel:
         opened = self._open(asked)
         self._session, self._bundled = opened.session, opened.adapters
         self._wardrobe = Wardrobe(self._put_on)
+        self.steady = not opened.artifact.address
         self.loaded = self._described(opened)
 
     def close(self) -> None:
@@ -163,6 +166,8 @@ class SessionModel:
 
 class CascadeModel:
     """A cascade as its cascade.toml describes it: several are answered at a time, the device taking turns."""
+
+    steady = False
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
         if asked["adapters"]:
