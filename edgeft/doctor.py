@@ -24,6 +24,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "otel": ("opentelemetry",),
     "bench": ("matplotlib",),
     "cascade": ("keyring",),
+    "near": ("safetensors", "tokenizers"),
     "onnx": ("onnxruntime", "onnxruntime_genai", "numpy", "jinja2", "tokenizers"),
     "litert": ("litert_lm", "ai_edge_litert", "numpy", "jinja2", "tokenizers"),
     "onnx-export": ("onnx", "onnx_ir", "torch", "transformers"),

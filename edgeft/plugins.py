@@ -159,6 +159,8 @@ class LoadOptions:
     threads_batch: int | None = None
     """Threads that prefill."""
     batch: int = 512
+    parallel: int = 1
+    """Answers decoded together, each with `context` tokens of its own, where the runtime can; see `streams`."""
     use_mmap: bool = True
     state: Path | None = None
     """Folder where the state of system prompts is kept between sessions, prompts included; None: nowhere."""
@@ -203,6 +205,14 @@ class Session(AbstractContextManager["Session"], Protocol):
         """Replace the active adapters. Raises: ModelError when one does not belong to this base."""
 
     def close(self) -> None: ...
+
+
+def streams(session: Session) -> int:
+    """Answers that a session makes at a time: so many threads may be in `generate`. Its optional `parallel`, else 1.
+
+    With more than one, other members may be used meanwhile, but for `set_adapters`, and `score` may be refused.
+    """
+    return int(getattr(session, "parallel", 1))
 
 
 Capability = Literal["tokens", "raw", "seeds", "logprobs", "scores", "json", "adapters", "reuse", "memory"]

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from edgeft.artifact import Artifact
@@ -84,7 +85,8 @@ class EchoRuntime:
         return Support(True)
 
     def load(self, artifact: Artifact, options: LoadOptions) -> Session:
-        return EchoSession(read_script(artifact.path), options.context or DEFAULT_CONTEXT)
+        script, context = read_script(artifact.path), options.context or DEFAULT_CONTEXT
+        return EchoSession(script, context) if options.parallel == 1 else EchoSlots(script, context, options.parallel)
 
 
 class EchoSession(ClosingSession):
@@ -209,6 +211,25 @@ class EchoSession(ClosingSession):
         if adapters:
             raise ModelError(f"{adapters[0].path} is not an adapter for a script: the echo runtime takes none")
         self._reuse([], 0)
+
+
+class EchoSlots(EchoSession):
+    """Several answers at a time, each with a cache of its own."""
+
+    def __init__(self, script: Script, context: int, parallel: int) -> None:
+        super().__init__(script, context)
+        self.parallel = parallel
+        self._slots: SimpleQueue[EchoSession] = SimpleQueue()
+        for _ in range(parallel):
+            self._slots.put(EchoSession(script, context))
+
+    def generate(self, prompt: TokenIds, sampling: Sampling, cancel: Cancel | None = None) -> Iterator[Delta]:
+        self._alive()
+        slot = self._slots.get()
+        try:
+            yield from slot.generate(prompt, sampling, cancel)
+        finally:
+            self._slots.put(slot)
 
 
 def _last_user_text(prompt: TokenIds) -> str:

@@ -39,14 +39,16 @@ def load_model(library: Library, path: Path, options: LoadOptions) -> int:
 
 def make_context(library: Library, model: int, options: LoadOptions, path: Path, flash_attention: bool) -> int:
     params = library.llama_context_default_params()
-    params.n_ctx = options.context or min(int(library.llama_model_n_ctx_train(model)), DEFAULT_CONTEXT)
+    each = options.context or min(int(library.llama_model_n_ctx_train(model)), DEFAULT_CONTEXT)
+    whole = each * options.parallel
+    params.n_ctx, params.n_seq_max = whole, options.parallel
     params.n_batch = params.n_ubatch = options.batch
     if not flash_attention:
         params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED; the default lets llama.cpp choose
     params.n_threads = options.threads or physical_cores()
     params.n_threads_batch = options.threads_batch or available_cores()
     try:
-        _check_memory(library, model, options.context or params.n_ctx, path)
+        _check_memory(library, model, whole, path)
     except ModelError:
         library.llama_model_free(model)
         raise
@@ -61,13 +63,18 @@ def make_context(library: Library, model: int, options: LoadOptions, path: Path,
     return int(context)
 
 
-def _check_memory(library: Library, model: int, context: int, path: Path) -> None:
-    """Keys and values of every layer, two bytes each, must fit; what else a context takes is small beside them."""
+def cache_bytes(library: Library, model: int, context: int) -> int:
+    """Of keys and values of every layer, two bytes each. Models with sliding windows or states take less."""
     layers, heads = library.llama_model_n_layer(model), library.llama_model_n_head(model)
     width = library.llama_model_n_embd(model) * library.llama_model_n_head_kv(model) // max(heads, 1)
-    needed, available = 2 * 2 * layers * width * context, available_bytes()
+    return int(2 * 2 * layers * width * context)
+
+
+def _check_memory(library: Library, model: int, context: int, path: Path) -> None:
+    """Keys and values must fit; what else a context takes is small beside them."""
+    needed, available = cache_bytes(library, model, context), available_bytes()
     if available is not None and needed > available:
         raise ModelError(
             f"a context of {context} tokens for {path} takes {needed / 1e9:.1f} GB; {available / 1e9:.1f} GB are free",
-            "Try a shorter --context.",
+            "Try a shorter --context, or fewer answers at a time.",
         )

@@ -12,6 +12,7 @@ from edgeft.plugins import LoadOptions, Session, Support
 
 from .llama_api import open_library
 from .llama_session import LlamaSession
+from .llama_slots import LlamaSlots
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class LlamaRuntime:
         library = self.find_library()
         if library is None:
             raise MissingDependency(f"{self.name} is not installed", self.install)
-        return LlamaSession(open_library(library), artifact.path, options, self.flash_attention)
+        kind = LlamaSlots if options.parallel > 1 else LlamaSession
+        return kind(open_library(library), artifact.path, options, self.flash_attention)
 
 
 def _is_gguf(path: Path) -> bool:

@@ -68,14 +68,14 @@ class LlamaServerRuntime:
     def load(self, artifact: Artifact, options: LoadOptions) -> Session:
         if artifact.address:
             endpoint = parse_endpoint(artifact.address.removesuffix("/v1"))
-            return LlamaServerSession(ChatClient(endpoint), artifact.path)
+            return LlamaServerSession(ChatClient(endpoint), artifact.path, parallel=options.parallel)
         program = find_program()
         if program is None:
             raise MissingDependency("there is no llama-server program", _INSTALL)
         child = Child(program, artifact.path, options)
         try:
             child.start()
-            return LlamaServerSession(child.client(), artifact.path, child)
+            return LlamaServerSession(child.client(), artifact.path, child, options.parallel)
         except BaseException:
             child.stop()
             raise
@@ -122,12 +122,12 @@ class Child:
             "--model": self._model,
             "--host": "127.0.0.1",
             "--port": self._port,
-            "--ctx-size": how.context or DEFAULT_CONTEXT,
+            "--ctx-size": (how.context or DEFAULT_CONTEXT) * how.parallel,
             "--threads": how.threads or physical_cores(),
             "--threads-batch": how.threads_batch or available_cores(),
             "--batch-size": how.batch,
             "--ubatch-size": how.batch,
-            "--parallel": 1,
+            "--parallel": how.parallel,
         }
         words = [str(word) for pair in values.items() for word in pair]
         words += [] if how.use_mmap else ["--no-mmap"]

@@ -35,15 +35,22 @@ class Process(Protocol):
 class LlamaServerSession(ClosingSession):
     """One model on one server; `process` when that server is ours."""
 
-    def __init__(self, client: ChatClient, path: Path, process: Process | None = None) -> None:
+    def __init__(self, client: ChatClient, path: Path, process: Process | None = None, parallel: int = 1) -> None:
+        """
+        Args:
+            parallel: answers at a time; a server that was running has as many slots as it has.
+        """
         self._client: ChatClient | None = client
         self._process, self._path = process, path
         self._pieces: dict[int, str] = {}
         self._turn = 0
         self._fresh = True
+        self._mixed = False
+        """Whether slots may have been filled under other adapters."""
         props = client.get("/props")
         self._template = str(props.get("chat_template") or "")
         self._edges = (str(props.get("bos_token") or ""), str(props.get("eos_token") or ""))
+        self.parallel = min(parallel, int(props.get("total_slots") or 1))
         self.context = int(props["default_generation_settings"]["n_ctx"])
         meta = client.get("/v1/models")["data"][0].get("meta") or {}
         self.vocabulary = int(meta.get("n_vocab") or 0)
@@ -115,7 +122,7 @@ class LlamaServerSession(ClosingSession):
                 f"the prompt has {len(prompt)} tokens; the context holds {self.context}",
                 "Shorten the conversation, or load the model with a longer --context.",
             )
-        self._turn += 1
+        self._turn += self.parallel == 1
         cancel = Cancel() if cancel is None else cancel
         yield from self._stream(client, prompt, sampling, cancel)
 
@@ -123,7 +130,7 @@ class LlamaServerSession(ClosingSession):
         started = first = last = time.perf_counter()
         stream, turn, produced = TextStream(sampling.stop), self._turn, 0
         end: Mapping[str, Any] = {}
-        body = {"prompt": prompt, **request_fields(sampling), "cache_prompt": not self._fresh}
+        body = {"prompt": prompt, **request_fields(sampling), "cache_prompt": not (self._fresh or self._mixed)}
         self._fresh = False
         events: Generator[Mapping[str, Any], None, None] | None = None
         try:
@@ -190,6 +197,7 @@ class LlamaServerSession(ClosingSession):
                 raise ModelError(
                     f"the server was not started with {adapter.path}", f"Start it with --lora {adapter.path}."
                 )
+        self._mixed = self.parallel > 1 and bool(loaded)
         scales = {str(adapter.path): adapter.scale for adapter in adapters}
         client.post("/lora-adapters", [{"id": at, "scale": scales.get(path, 0.0)} for path, at in loaded.items()])
 

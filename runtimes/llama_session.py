@@ -6,26 +6,25 @@ import contextlib
 import ctypes
 import hashlib
 import json
-import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeft.chat import Cancel, ChatTemplate, Delta, FinishReason, Message, Sampling, TokenIds, Usage
+from edgeft.chat import Cancel, ChatTemplate, Delta, Message, Sampling, TokenIds
 from edgeft.errors import ModelError, UsageError
 from edgeft.models.adapter_file import check_base
 from edgeft.models.gguf_check import check_loadable
 from edgeft.plugins import AdapterScale, LoadOptions
 
 from .json_grammar import schema_to_grammar
+from .llama_answer import Answer, Logprobs
 from .llama_api import Batch, Library, SamplerChainParams, Token, abort_function, scored_batch
-from .llama_load import load_model, make_context, metadata
+from .llama_load import cache_bytes, load_model, make_context, metadata
 from .llama_prompt_state import PromptState
 from .llama_state import common, fingerprint
 from .sampler import log_softmax
 from .session_base import ClosingSession, check_score
-from .text_stream import TextStream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +54,8 @@ class LlamaSession(ClosingSession):
         self._composes = metadata(library, self._model, "tokenizer.ggml.pre") in _COMPOSING
         self._ctx = make_context(library, self._model, options, path, flash_attention)
         self._memory = library.llama_get_memory(self._ctx)
-        self.context = int(library.llama_n_ctx(self._ctx))
+        self.context = int(library.llama_n_ctx(self._ctx)) // options.parallel
+        self.cache_bytes = cache_bytes(library, self._model, self.context) * options.parallel
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocab))
         self._batch = options.batch
         self._state = PromptState(options.state, self._about(options, flash_attention) if options.state else {})
@@ -160,14 +160,7 @@ class LlamaSession(ClosingSession):
     # --- Generation ---------------------------------------------------------
 
     def generate(self, prompt: TokenIds, sampling: Sampling, cancel: Cancel | None = None) -> Iterator[Delta]:
-        self._alive()
-        if not prompt:
-            raise UsageError("the prompt is empty")
-        if len(prompt) >= self.context:
-            raise ModelError(
-                f"the prompt has {len(prompt)} tokens; the context holds {self.context}",
-                "Shorten the conversation, or load the model with a longer --context.",
-            )
+        self._check_prompt(prompt)
         sampler = self._sampler(sampling, prompt)
         cancel = Cancel() if cancel is None else cancel  # an unthrown switch is false
         try:
@@ -176,6 +169,16 @@ class LlamaSession(ClosingSession):
         finally:
             self._lib.llama_sampler_free(sampler)
             self._state.write()
+
+    def _check_prompt(self, prompt: TokenIds) -> None:
+        self._alive()
+        if not prompt:
+            raise UsageError("the prompt is empty")
+        if len(prompt) >= self.context:
+            raise ModelError(
+                f"the prompt has {len(prompt)} tokens; the context holds {self.context}",
+                "Shorten the conversation, or load the model with a longer --context.",
+            )
 
     @contextlib.contextmanager
     def _aborting(self, cancel: Cancel) -> Iterator[None]:
@@ -198,40 +201,23 @@ class LlamaSession(ClosingSession):
                 self._lib.llama_set_abort_callback(self._ctx, None, None)
 
     def _stream(self, prompt: TokenIds, sampling: Sampling, sampler: int, cancel: Cancel) -> Iterator[Delta]:
-        lib, started = self._lib, time.perf_counter()
-        stream = TextStream(sampling.stop)
-        reused, turn = self._begin(prompt), self._turn
-        produced, first, last = 0, started, started
-        reason: FinishReason = "cancel"
-        ready = not cancel and self._prefill_keeping(prompt, reused)
+        answer = Answer(len(prompt), sampling)
+        answer.reused, turn = self._begin(prompt), self._turn
+        ready = not cancel and self._prefill_keeping(prompt, answer.reused)
         one = (Token * 1)()
         batch = Batch(n_tokens=1, token=one)
-        while ready:
-            if cancel:
+        while ready and not cancel:
+            token = self._lib.llama_sampler_sample(sampler, self._ctx, -1)
+            if not answer.sampled(self._lib.llama_vocab_is_eog(self._vocab, token)):
                 break
-            token = lib.llama_sampler_sample(sampler, self._ctx, -1)
-            last = time.perf_counter()
-            if lib.llama_vocab_is_eog(self._vocab, token):
-                reason = "stop"
-                break
-            first = last if produced == 0 else first
-            produced += 1
-            text = stream.push(self._piece(token))
-            logprob, top = self._logprobs(token, sampling.top_logprobs)
-            yield Delta(text, token, logprob, top)
+            logprobs = self._logprobs(token, sampling.top_logprobs)
+            yield answer.add(token, self._piece(token), logprobs, len(self._cached) >= self.context)
             self._check_turn(turn)
-            if stream.stopped:
-                reason = "stop"
-                break
-            if produced >= sampling.max_tokens or len(self._cached) >= self.context:
-                reason = "length"
+            if answer.reason:
                 break
             one[0] = token
             ready = self._decode(batch, [token])
-        usage = Usage(
-            len(prompt), reused, produced, (first if produced else last) - started, max(last - first, 0.0), reason
-        )
-        yield Delta(stream.flush(), usage=usage)
+        yield answer.last()
 
     def _check_turn(self, turn: int) -> None:
         """A stream may be read on only while nothing else has used the session: they share one cache."""
@@ -329,16 +315,18 @@ class LlamaSession(ClosingSession):
             raise UsageError(f"llama.cpp cannot follow this JSON schema: {json.dumps(schema)[:200]}")
         return int(sampler)
 
-    def _logprobs(self, token: int, top: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    def _logprobs(self, token: int, top: int, row: int = -1) -> Logprobs:
+        """Of what the last batch said after its token `row`; -1 is its last output."""
         if not top:
             return None, ()
         import numpy as np
 
         top = min(top, self.vocabulary)
-        row = log_softmax(self._logits(1))[0]
-        best = np.argpartition(row, -top)[-top:]
-        best = best[np.argsort(row[best])[::-1]]
-        return float(row[token]), tuple((int(index), float(row[index])) for index in best)
+        pointer = self._lib.llama_get_logits_ith(self._ctx, row)
+        values = log_softmax(np.ctypeslib.as_array(pointer, shape=(1, self.vocabulary)))[0]
+        best = np.argpartition(values, -top)[-top:]
+        best = best[np.argsort(values[best])[::-1]]
+        return float(values[token]), tuple((int(index), float(values[index])) for index in best)
 
     def _logits(self, rows: int) -> NDArray[np.float32]:
         """The last batch's outputs, shape (rows, vocabulary). A view: llama.cpp overwrites it at the next batch."""

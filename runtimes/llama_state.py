@@ -122,7 +122,8 @@ def restore(library: Library, context: int, data: bytes) -> bool:
 def common(first: TokenIds, second: TokenIds) -> TokenIds:
     """What both begin with."""
     pairs = zip(first, second, strict=False)
-    return first[: next((at for at, (mine, theirs) in enumerate(pairs) if mine != theirs), len(first))]
+    whole = min(len(first), len(second))
+    return first[: next((at for at, (mine, theirs) in enumerate(pairs) if mine != theirs), whole)]
 
 
 def _digest(identity: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from faulty_cloud import FAULTS, KEY, faulty_cloud
 from edgeft.cascade import Cascade, CascadeDelta, Record
 from edgeft.cascade.breaker import Breaker
 from edgeft.cascade.budget import Budget, Reservation
-from edgeft.cascade.cache import AnswerCache
+from edgeft.cascade.cache import AnswerCache, Asked, Found
 from edgeft.cascade.calibration import Calibration, conformal_threshold, fit_logistic, read_calibration
 from edgeft.cascade.privacy import Guard, Restorer
 from edgeft.cascade.settings import (
@@ -244,10 +244,11 @@ def test_answers_are_reused_until_they_expire(tmp_path: Path) -> None:
     now = [0.0]
     cache = AnswerCache(CacheSettings(expire_s=10, entries=2), lambda: now[0])
     for key in "abc":
-        cache.put(key, "big", key)
-    assert cache.get("a") is None and cache.get("c") == ("big", "c")
+        cache.put(Asked(key, "", key), "big", key)
+    assert cache.get(Asked("a", "", "a")) is None
+    assert cache.get(Asked("c", "", "c")) == Found("big", "c", 1.0)
     now[0] = 11
-    assert cache.get("c") is None
+    assert cache.get(Asked("c", "", "c")) is None
     with faulty_cloud("good") as cloud, opened(tmp_path, cloud.url, more="[cache]\nexpire-s = 60") as cascade:
         assert ask(cascade)[0] == ask(cascade)[0]
     assert len(cloud.wire) == 1

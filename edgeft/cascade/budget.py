@@ -55,9 +55,14 @@ class Budget:
         with self._lock:
             self._db.close()
 
-    def reserve(self, money: float, tokens: int) -> Reservation | str:
-        """Set aside what a request may cost at most, or say which limit stands against it."""
-        limit = _over("request", money, tokens, self._settings.request_money, self._settings.request_tokens)
+    def reserve(self, money: float, tokens: int, before: tuple[float, int] = (0.0, 0)) -> Reservation | str:
+        """Set aside what a request may cost at most, or say which limit stands against it.
+
+        Args:
+            before: money and tokens that the same request has cost, or has set aside, already.
+        """
+        most, count = self._settings.request_money, self._settings.request_tokens
+        limit = _over("request", before[0] + money, before[1] + tokens, most, count)
         if limit:
             return limit
         with self._lock, self._border():

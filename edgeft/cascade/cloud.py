@@ -7,11 +7,12 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgeft.cascade.breaker import Breaker
-from edgeft.cascade.budget import Budget
+from edgeft.cascade.budget import Budget, Reservation
+from edgeft.cascade.hedge import Pace, Race
 from edgeft.cascade.privacy import Guard, Redaction
 from edgeft.cascade.settings import Cloud, ResilienceSettings, Settings
 from edgeft.cascade.types import Attempt, Record
@@ -51,6 +52,7 @@ class _Line:
     places: threading.BoundedSemaphore
     client: ChatClient | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    pace: Pace = field(default_factory=Pace)
 
     def connected(self) -> ChatClient:
         with self.lock:
@@ -88,16 +90,41 @@ class Clouds:
         redaction = self._guard.redaction()
         sent = redaction.messages(messages)
         record.redacted = redaction.counts
+        request = _Request(sent, redaction, sampling, cancel, record)
+        if self._resilience.hedge_percentile and len(self._lines) > 1:
+            yield from self._hedged(request)
+            return
         last = Unanswered("no endpoint")
         for line in self._lines:
             try:
-                yield from self._retried(line, _Request(sent, redaction, sampling, cancel, record))
+                yield from self._retried(line, request)
                 return
             except Unanswered as failure:
                 if failure.shown or cancel:
                     raise
                 last = failure
         raise last
+
+    def _hedged(self, request: _Request) -> Iterator[tuple[str, str]]:
+        """As `ask`, with the next endpoint asked beside one that is slow to begin."""
+        record, how = request.record, self._resilience
+        own = {line.cloud.name: Record(record.id, record.at) for line in self._lines}
+        starts = [
+            lambda cancel, line=line: self._retried(
+                line, replace(request, cancel=cancel, record=own[line.cloud.name], hedged=True)
+            )
+            for line in self._lines
+        ]
+        delay = self._lines[0].pace.unusual(how.hedge_percentile, how.hedge_s)
+        author = ""
+        pieces = Race(starts, delay, request.cancel).pieces()
+        try:
+            with contextlib.closing(_generator(pieces)):
+                for author, text in pieces:
+                    yield author, text
+        finally:
+            for name, part in own.items():
+                _add(record, part, name == author)
 
     def _retried(self, line: _Line, request: _Request) -> Iterator[tuple[str, str]]:
         for number in range(line.cloud.retries + 1):
@@ -132,21 +159,21 @@ class Clouds:
         cloud, record = line.cloud, request.record
         prompt = estimate_tokens(request.sent)
         most = cloud.cost(prompt, request.sampling.max_tokens)
-        held = self._budget.reserve(record.cost + most, record.cloud_tokens + prompt + request.sampling.max_tokens)
+        held = request.spending.reserve(self._budget, most, prompt + request.sampling.max_tokens)
         if isinstance(held, str):
             record.attempts.append(Attempt(cloud.name, "budget", detail=held))
             raise Unanswered("budget", held)
         answer, outcome, detail, began = _Answer(), "left", "", time.monotonic()
         try:
             yield from self._tried(line, request, answer)
-            outcome = "answered"
+            outcome = "outrun" if request.hedged and request.cancel and not answer.shown else "answered"
         except _Failed as failure:
             outcome, detail = failure.outcome, failure.detail
             raise
         finally:
             sent, received = answer.tokens(prompt)
             money = cloud.cost(sent, received)
-            self._budget.settle(held, money, sent + received)
+            request.spending.settle(self._budget, held, money, sent + received)
             record.cost += money
             record.cloud_tokens += sent + received
             record.attempts.append(Attempt(cloud.name, outcome, round(1000 * (time.monotonic() - began), 1), detail))
@@ -163,6 +190,8 @@ class Clouds:
             with contextlib.closing(_generator(client.stream("/chat/completions", body, request.cancel))) as events:
                 for event in events:
                     if text := restorer.push(answer.read(event)):
+                        if not answer.shown:
+                            line.pace.began(time.monotonic() - answer.began)
                         answer.shown = True
                         yield line.cloud.name, text
                     if len(answer.text) > _LONGEST_TOKEN * request.sampling.max_tokens:
@@ -171,7 +200,10 @@ class Clouds:
             answer.check(bool(request.cancel))
         except EdgeftError as error:
             raise self._judge(line, error, answer) from None  # its text may repeat what was sent
-        line.breaker.succeeded()
+        if answer.shown or not request.cancel:
+            line.breaker.succeeded()
+        else:
+            line.pace.began(time.monotonic() - answer.began)
         if rest := restorer.flush():
             yield line.cloud.name, rest
         request.record.finish = "cancel" if request.cancel else "length" if answer.finish == "length" else "stop"
@@ -214,6 +246,40 @@ class _Request:
     sampling: Sampling
     cancel: Cancel
     record: Record
+    hedged: bool = False
+    """Whether another endpoint may be asked the same meanwhile."""
+    spending: _Spending = field(default_factory=lambda: _Spending())
+
+
+class _Spending:
+    """What one request has cost and has set aside, at all endpoints. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._money, self._tokens = 0.0, 0
+
+    def reserve(self, budget: Budget, money: float, tokens: int) -> Reservation | str:
+        with self._lock:
+            held = budget.reserve(money, tokens, (self._money, self._tokens))
+            if isinstance(held, Reservation):
+                self._money, self._tokens = self._money + money, self._tokens + tokens
+            return held
+
+    def settle(self, budget: Budget, held: Reservation, money: float, tokens: int) -> None:
+        with self._lock:
+            budget.settle(held, money, tokens)
+            self._money, self._tokens = self._money + money - held.money, self._tokens + tokens - held.tokens
+
+
+def _add(record: Record, part: Record, winner: bool) -> None:
+    """Put what one endpoint did and cost into the record of the whole request."""
+    record.cost += part.cost
+    record.cloud_tokens += part.cloud_tokens
+    record.left_device |= part.left_device
+    record.attempts += part.attempts
+    if winner and part.attempts and part.attempts[-1].outcome == "answered":
+        record.prompt_tokens, record.completion_tokens = part.prompt_tokens, part.completion_tokens
+        record.finish = part.finish
 
 
 class _Answer:
@@ -224,6 +290,7 @@ class _Answer:
         self.finish: str | None = None
         self.sent = False
         self.shown = False
+        self.began = time.monotonic()
         self._pieces = 0
         self._usage: Mapping[str, Any] = {}
 

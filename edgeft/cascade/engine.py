@@ -16,10 +16,11 @@ from typing import Any
 from edgeft.artifact import digest_of
 from edgeft.cascade.audit import AuditLog
 from edgeft.cascade.budget import Budget
-from edgeft.cascade.cache import AnswerCache
+from edgeft.cascade.cache import AnswerCache, Asked
 from edgeft.cascade.calibration import Calibration, read_calibration
 from edgeft.cascade.cloud import Clouds, Unanswered
 from edgeft.cascade.device import DeviceAnswer, p_true, samples
+from edgeft.cascade.embedder import Embedder
 from edgeft.cascade.policies import Evidence, Policy, make_policy
 from edgeft.cascade.privacy import Guard
 from edgeft.cascade.settings import PolicySettings, Settings, read_settings
@@ -43,7 +44,9 @@ class Cascade:
         self.budget = Budget(settings.budget, settings.spending_file)
         self.audit = AuditLog(settings.audit_file, settings.audit)
         self.clouds = Clouds(settings, self.budget, self.guard)
-        self.cache = AnswerCache(settings.cache)
+        near = settings.cache.near > 0 and settings.cache.expire_s > 0
+        embed = Embedder(settings.beside(settings.cache.embedder)).vector if near else None
+        self.cache = AnswerCache(settings.cache, embed=embed)
         self.device = threading.Lock()
         self.stale = ""
         """Why the calibration does not hold; the device then answers unless it cannot."""
@@ -249,10 +252,11 @@ class _Turn:
         Args:
             kept: the device's whole answer, when it has one already; `error`: why it can have none.
         """
-        if (found := self.cascade.cache.get(self._key())) is not None:
-            author, text = found
-            self.record.reason, self.record.cached, self.record.finish = f"{reason}; from the cache", True, "stop"
-            yield CascadeDelta(text, author, self.record.reason)
+        asked = self._asked()
+        if (found := self.cascade.cache.get(asked)) is not None:
+            near = f", to a question near this one ({found.similarity:.3f})" if found.similarity < 1 else ""
+            self.record.reason, self.record.cached, self.record.finish = f"{reason}; from the cache{near}", True, "stop"
+            yield CascadeDelta(found.text, found.author, self.record.reason)
             return
         shown, said, author = "", reason, ""
         self.record.reason = reason
@@ -263,7 +267,7 @@ class _Turn:
                     yield CascadeDelta(text, author, said)
                     shown, said = shown + text, ""
             if shown and not self.cancel:
-                self.cascade.cache.put(self._key(), author, shown)
+                self.cascade.cache.put(asked, author, shown, bool(self.record.redacted))
         except Unanswered as failure:
             if not self.cancel:
                 yield from self._instead(failure, reason, kept, shown, error)
@@ -302,7 +306,16 @@ class _Turn:
                 self.record.finish, self.record.error = "broken", f"{failure.outcome}; {error.message}"
                 yield CascadeDelta("", reason=f"{why}; the device could not go on")
 
-    def _key(self) -> str:
-        """Of the cache: the request itself, down to the seed."""
-        request = [[dict(message) for message in self.messages], dataclasses.asdict(self.sampling)]
-        return hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode("utf-8", "replace")).hexdigest()
+    def _asked(self) -> Asked:
+        """For the cache: the request itself, down to the seed."""
+        messages, how = [dict(message) for message in self.messages], dataclasses.asdict(self.sampling)
+        last = messages[-1] if messages else {}
+        question = last.get("content")
+        if not isinstance(question, str) or last.get("role") != "user":
+            return Asked(_digest([messages, how]), _digest([messages, how]), "")
+        scope = [messages[:-1], {**last, "content": ""}, how]
+        return Asked(_digest([messages, how]), _digest(scope), question)
+
+
+def _digest(request: Any) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode("utf-8", "replace")).hexdigest()

@@ -111,12 +111,16 @@ class ResilienceSettings:
     offline_s: float = 20.0
     retry_wait_s: float = 4.0
     queue_s: float = 2.0
+    hedge_percentile: float = 0.0
+    hedge_s: float = 2.0
 
 
 @dataclass(frozen=True)
 class CacheSettings:
     expire_s: float = 0.0
     entries: int = 1000
+    near: float = 0.0
+    embedder: str = ""
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,10 @@ def _check(settings: Settings) -> None:
             parse_endpoint(cloud.url)
         except EdgeftError as error:
             raise ConfigError(f"{where}: {cloud.name}: {error.message}", error.hint) from error
+    if settings.resilience.hedge_percentile >= 100:
+        raise ConfigError(f"{where}: resilience.hedge-percentile must be below 100")
+    if not 0 <= settings.cache.near <= 1 or (settings.cache.near and not settings.cache.embedder):
+        raise ConfigError(f"{where}: cache.near lies between 0 and 1 and needs cache.embedder, a folder")
     for pattern in (*settings.privacy.local_only, *settings.privacy.secrets):
         try:
             re.compile(pattern)
@@ -332,9 +340,13 @@ open-s = 30.0                # for so long; then one request tries
 offline-s = 20.0             # how long "no connection" is remembered
 retry-wait-s = 4.0           # longest wait before a retry
 queue-s = 2.0                # longest wait for a free connection
+# hedge-percentile = 95.0    # the next endpoint is asked, too, when the first begins later than it mostly does; 0: never
+# hedge-s = 2.0              # what counts as late while fewer than 20 answers are known
 
 [cache]
 expire-s = 0.0               # how long answers of the cloud are reused for the same request; 0: not at all
+# near = 0.95                # and for one whose question is so near (cosine), all else being the same; 0: not at all
+# embedder = "potion-base-8M" # folder of the static embedding model that says how near (extra `near`)
 
 [audit]
 enabled = true               # what left the device, why, and what it cost; no text

@@ -34,6 +34,13 @@ Examples:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Any but loopback needs EDGEFT_SERVE_KEYS.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
 @click.option("--queue", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Answers that a model writes at a time; memory for a whole context each.",
+)
 @click.option("--rate", type=click.IntRange(1), help="Requests a minute per key; default: no limit.")
 @click.option("--timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds per answer.")
 @click.option(
@@ -72,7 +79,7 @@ def _settings(options: dict[str, Any], otel: bool) -> Settings:
     from edgeft.serve.gate import KEYS_VARIABLE, check_binding, parse_keys
     from edgeft.serve.server import Settings
 
-    values = settings(options)
+    values = {**settings(options), "parallel": options["parallel"]}
     keys = parse_keys(os.environ.get(KEYS_VARIABLE))
     check_binding(options["host"], keys)
     return Settings(
@@ -112,7 +119,7 @@ def _specs(models: Sequence[str], adapters: Sequence[str], values: dict[str, Any
     for text in adapters:
         model, name, adapter = _adapter(text, list(references))
         by_model[model][name] = adapter
-    names = ("context", "threads", "threads-batch")
+    names = ("context", "threads", "threads-batch", "parallel")
     load = {name.replace("-", "_"): values[name] or None for name in names}
     return tuple(
         (name, Spec(reference, str(values["runtime"]), load, by_model[name])) for name, reference in references.items()

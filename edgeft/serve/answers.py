@@ -170,16 +170,23 @@ class _Events(Response):
             self._exchange.end(self._job, usage, failed)
 
     async def _send_steps(self, send: Send) -> Usage | None:
+        """Events of steps that came together go out together."""
         reply, step = self._exchange.reply, self._first
-        opening = b"".join(map(_event, reply.opening()))
+        events = b"".join(map(_event, reply.opening()))
         while True:
             self._exchange.saw(step)
-            if events := opening + b"".join(map(_event, reply.chunks(step))):
+            events += b"".join(map(_event, reply.chunks(step)))
+            if events and (step.usage or not self._job.more):
                 await _send(send, events)
-            opening = b""
+                events = b""
             if step.usage:
                 return step.usage
-            step = await anext(self._steps)
+            try:
+                step = await anext(self._steps)
+            except Failed:
+                if events:
+                    await _send(send, events)
+                raise
 
 
 def _event(chunk: Mapping[str, Any]) -> bytes:

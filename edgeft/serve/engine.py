@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -17,10 +18,9 @@ from typing import Any
 from edgeft.chat import Usage
 from edgeft.errors import ModelError
 from edgeft.serve.fair import FairQueue, QueueFull
+from edgeft.serve.lines import Lines
 from edgeft.serve.work import Failed, Loaded, Origin, Step, TokenLogprob, Work
 
-_LINE = 1 << 24
-"""Longest line from the process, in bytes: one step of an answer with all its alternatives is far below."""
 _OBEYS_S = 20.0
 """How long a process may take to notice that a request was cancelled before it is ended."""
 _RESTARTS_S = (0.0, 1.0, 5.0, 30.0)
@@ -62,6 +62,10 @@ class EngineJob:
     def cancelled(self) -> bool:
         return self.aborted_at is not None
 
+    @property
+    def more(self) -> bool:
+        return not self.inbox.empty()
+
     async def steps(self) -> AsyncIterator[Step]:
         while True:
             step = await self.inbox.get()
@@ -96,6 +100,7 @@ class Engine:
         self._queue: FairQueue[EngineJob] = FairQueue(queue_size)
         self._numbers = itertools.count(1)
         self._process: asyncio.subprocess.Process | None = None
+        self._lines: Lines | None = None
         self._running: dict[int, EngineJob] = {}
         self._answering: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -110,35 +115,41 @@ class Engine:
         """Load the model and begin to answer. Raises: ModelError when it cannot be loaded."""
         loaded = await self._spawn()
         slots = asyncio.Semaphore(loaded.parallel)
-        self._tasks = [asyncio.create_task(self._pump()), asyncio.create_task(self._feed(slots))]
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._feed(slots))]
         return loaded
 
     async def _spawn(self) -> Loaded:
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "edgeft.serve.worker"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_LINE,
-            start_new_session=True,  # Ctrl-C in a terminal is for the server, which lets answers finish
-        )
+        heard, speaks = os.pipe()
+        first: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._lines = Lines(heard, first.set_result)
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "edgeft.serve.worker"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=speaks,
+                start_new_session=True,  # Ctrl-C in a terminal is for the server, which lets answers finish
+            )
+        finally:
+            os.close(speaks)
         self._write({"load": self.spec.as_json()})
-        said = await self._read()
-        if said is None or "failed" in said:
+        await _first_of(first, self._lines.ended)
+        if not first.done() or "failed" in first.result():
             code = await self._process.wait()
-            if said is None:
+            self._lines.close()
+            if not first.done():
                 raise ModelError(f"the model's process ended {_ending(code)}")
-            raise ModelError(said["failed"]["message"], said["failed"]["hint"])
-        self.loaded = Loaded(**said["loaded"])
+            failed = first.result()["failed"]
+            raise ModelError(failed["message"], failed["hint"])
+        self._lines.said = self._deliver
+        self.loaded = Loaded(**first.result()["loaded"])
         self._up.set()
         return self.loaded
 
-    async def _pump(self) -> None:
-        """Take what the process says to whom it concerns; when it dies, say so and start another."""
+    async def _watch(self) -> None:
+        """When the process dies, say so to whom it concerns and start another."""
         while not self._closing:
-            said = await self._read()
-            if said is not None:
-                self._deliver(said)
-                continue
+            assert self._lines is not None
+            await self._lines.ended.wait()
             if not self._closing:
                 await self._restart()
 
@@ -177,6 +188,8 @@ class Engine:
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
+        if self._lines:
+            self._lines.close()
 
     def fail_all(self, failed: Failed) -> None:
         """End the answers that are being written and all that wait, with an error."""
@@ -269,14 +282,14 @@ class Engine:
         if not self._process.stdin.is_closing():
             self._process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
-    async def _read(self) -> dict[str, Any] | None:
-        """What the process says next; None when it is gone."""
-        assert self._process is not None and self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line.endswith(b"\n"):
-            return None
-        said: dict[str, Any] = json.loads(line)
-        return said
+
+async def _first_of(future: asyncio.Future[Any], event: asyncio.Event) -> None:
+    """Wait until one of the two is done."""
+    ended = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait([future, ended], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        ended.cancel()
 
 
 def _step(said: Mapping[str, Any]) -> Step:

@@ -14,9 +14,13 @@ from edgeft.serve.tools import CallReader
 from edgeft.serve.work import Origin, Step, TokenLogprob
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+"""Made once: json.dumps makes one for every call."""
+
+
 def encode(value: Any) -> bytes:
     """JSON in UTF-8. Half a surrogate pair, which JSON can carry and UTF-8 cannot, becomes a question mark."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _ENCODER.encode(value).encode("utf-8", "replace")
 
 
 class Reply(Protocol):

@@ -23,7 +23,7 @@ from edgeft.serve.engine import Engine, Spec
 from edgeft.serve.gate import Gate, check_binding
 from edgeft.serve.metrics import Metrics
 from edgeft.serve.recorder import Exporter, Recorder
-from edgeft.serve.work import Failed
+from edgeft.serve.work import Failed, Loaded
 
 _LAST_WORDS_S = 2
 """After the grace time, for the error event that ends a stream to reach its reader."""
@@ -90,8 +90,7 @@ async def _run(settings: Settings, sock: socket.socket, ready: Callable[[str], N
     engines = [Engine(name, spec, settings.queue) for name, spec in settings.models]
     try:
         for engine in engines:
-            loaded = await engine.start()
-            _say("model", name=engine.name, path=loaded.path, runtime=loaded.runtime, context=loaded.context)
+            _say("model", name=engine.name, **_about(await engine.start()))
     except EdgeftError:
         for engine in engines:
             await engine.close()
@@ -180,6 +179,12 @@ def catalogue_of(engines: Sequence[Engine], splits: Sequence[Split]) -> Catalogu
             name = f"{engine.name}:{adapter}"
             models[name] = replace(plain, name=name, adapter=adapter, system=system.get(adapter))
     return Catalogue(models, {split.name: split for split in splits})
+
+
+def _about(loaded: Loaded) -> dict[str, object]:
+    cache = {"cache_mb": round(loaded.cache_bytes / 1e6, 1)} if loaded.cache_bytes else {}
+    names = ("path", "runtime", "context", "parallel")
+    return {**{name: getattr(loaded, name) for name in names}, **cache}
 
 
 def _say(event: str, **values: object) -> None:

@@ -114,6 +114,8 @@ class Loaded:
     """Adapter name ("" for none) -> the system prompt of its training."""
     parallel: int = 1
     """Requests it takes at a time."""
+    cache_bytes: int | None = None
+    """Keys and values of all of them; None where the runtime does not say."""
 
 
 class Job(Protocol):
@@ -121,6 +123,10 @@ class Job(Protocol):
 
     queued_s: float
     """Seconds spent waiting for the model."""
+
+    @property
+    def more(self) -> bool:
+        """Whether the next step is there already."""
 
     def steps(self) -> AsyncIterator[Step]:
         """Raises: Failed."""

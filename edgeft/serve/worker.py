@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -27,13 +29,20 @@ from typing import IO, Any, Protocol
 from edgeft.artifact import Artifact, read_manifest
 from edgeft.chat import Cancel, Delta, TokenIds, Usage
 from edgeft.errors import EdgeftError, UsageError, require
-from edgeft.plugins import AdapterScale, LoadOptions, Session
+from edgeft.plugins import AdapterScale, LoadOptions, Session, streams
 from edgeft.request_log import deferral_of
+from edgeft.serve.wardrobe import Wardrobe
 from edgeft.serve.work import Loaded, Origin, Work
 from edgeft.sessions import Opened, open_session
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _CASCADE_PARALLEL = 8
 """Requests a cascade works on at a time: those that wait for the cloud do not hold up the device."""
+
+
+_APART_S = 0.02
+"""Between two writes of one answer: 50 a second, faster than anybody reads. A model that is faster has several tokens in
+one, since every write wakes the server, which costs 0.3 to 0.5 ms on two cores that are busy with weights."""
 
 
 class Worker:
@@ -65,25 +74,33 @@ class Worker:
                 cancel.set()
 
     def _answer(self, model: Model, number: int, work: Work) -> None:
+        held: list[dict[str, Any]] = []
+        written = -math.inf
         try:
             for step in model.steps(work, self._cancels[number]):
-                self._say({"id": number, **step})
+                held.append({"id": number, **step})
+                now = time.perf_counter()
+                if now - written >= _APART_S or "usage" in step or not model.steady:
+                    self._say(*held)
+                    held, written = [], now
         except BrokenPipeError:
             pass
         except Exception as error:  # the border of a process: a plug-in may raise anything
-            self._say({"id": number, "error": _described(error)})
+            self._say(*held, {"id": number, "error": _described(error)})
         finally:
             del self._cancels[number]
 
-    def _say(self, message: Mapping[str, Any]) -> None:
-        line = json.dumps(message, separators=(",", ":")) + "\n"
+    def _say(self, *messages: Mapping[str, Any]) -> None:
+        lines = "".join(_ENCODER.encode(message) + "\n" for message in messages)
         with self._speaking:
-            self._out.write(line)
+            self._out.write(lines)
             self._out.flush()
 
 
 class Model(Protocol):
     loaded: Loaded
+    steady: bool
+    """Whether its tokens come one after the other with no long pause, as they do where they are computed here."""
 
     def steps(self, work: Work, cancel: Cancel) -> Iterator[dict[str, Any]]: ...
 
@@ -95,22 +112,29 @@ class SessionModel:
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
         self._adapters = {name: AdapterScale(Path(path), scale) for name, (path, scale) in asked["adapters"].items()}
-        self._active: str | None = None
         opened = self._open(asked)
         self._session, self._bundled = opened.session, opened.adapters
+        self._wardrobe = Wardrobe(self._put_on)
+        self.steady = not opened.artifact.address
         self.loaded = self._described(opened)
 
     def close(self) -> None:
         self._session.close()
 
     def steps(self, work: Work, cancel: Cancel) -> Iterator[dict[str, Any]]:
-        self._adapt(work.adapter)
-        for delta in self._session.generate(_prompt(self._session, work), work.sampling, cancel):
-            yield _step(self._session, delta)
+        with self._wardrobe.wearing(work.adapter, cancel):
+            for delta in self._session.generate(_prompt(self._session, work), work.sampling, cancel):
+                yield _step(self._session, delta)
 
     def _open(self, asked: Mapping[str, Any]) -> Opened:
-        opened = open_session(asked["reference"], asked["runtime"], LoadOptions(**asked["options"]))
+        options = LoadOptions(**asked["options"])
+        opened = open_session(asked["reference"], asked["runtime"], options)
         try:
+            if streams(opened.session) < options.parallel:
+                raise UsageError(
+                    f"{opened.runtime} makes {streams(opened.session)} answers at a time, not {options.parallel}",
+                    "Leave out --parallel, or run a GGUF with llama.cpp.",
+                )
             for adapter in self._adapters.values():
                 opened.session.set_adapters([adapter])  # one that does not fit is refused now, not at a request
             opened.session.set_adapters(opened.adapters)
@@ -132,17 +156,18 @@ class SessionModel:
             opened.session.context,
             manifest.sha256 if manifest else None,
             system,
+            streams(opened.session),
+            getattr(opened.session, "cache_bytes", None),
         )
 
-    def _adapt(self, name: str | None) -> None:
-        """Put on the adapter that a request wants. Changing it empties the cache, so it is left when it is the same."""
-        if name != self._active:
-            self._session.set_adapters(self._bundled if name is None else [self._adapters[name]])
-            self._active = name
+    def _put_on(self, name: str | None) -> None:
+        self._session.set_adapters(self._bundled if name is None else [self._adapters[name]])
 
 
 class CascadeModel:
     """A cascade as its cascade.toml describes it: several are answered at a time, the device taking turns."""
+
+    steady = False
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
         if asked["adapters"]:
