@@ -107,6 +107,19 @@ _OPTIONAL = ("prefill_repacked", "storage", "attention", "overhead", "base")
 _FIGURES = (*_REQUIRED, *_OPTIONAL)
 _OTHERS = ("isa", "runtime", "flash_attention", "kernels")
 
+UNITS = {
+    "memory": "bytes",
+    "reserve": "bytes",
+    "bandwidth": "GB/s",
+    "prefill": "GOPS",
+    "prefill_repacked": "GOPS",
+    "storage": "MB/s",
+    "attention": "GB/s",
+    "overhead": "µs/layer",
+    "base": "bytes",
+}
+"""Of the figures; the others are counts."""
+
 
 def parse_profile(text: str, file: str) -> DeviceProfile:
     """A profile from its TOML.

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from edgeft.forecast.best import Choice
     from edgeft.forecast.facts import ModelFacts
     from edgeft.forecast.fit import Forecast
-    from edgeft.forecast.speed import Range
 
 EPILOG = """
 \b
@@ -69,7 +68,7 @@ def show(name: str, as_json: bool) -> None:
 
 
 def _show_profile(profile: DeviceProfile) -> None:
-    from edgeft.device import Figure
+    from edgeft.device import UNITS, Figure
 
     values = {key: getattr(profile, key) for key in profile.as_dict() if key not in ("file", "kernels")}
     for key, value in values.items():
@@ -77,7 +76,7 @@ def _show_profile(profile: DeviceProfile) -> None:
             click.echo(f"{key:<14}{' '.join(value) if isinstance(value, tuple) else value}")
     click.echo()
     rows = [
-        (key, f"{figure.value:,.12g}", _UNITS.get(key, ""), figure.basis, figure.source)
+        (key, f"{figure.value:,.12g}", UNITS.get(key, ""), figure.basis, figure.source)
         for key, figure in values.items()
         if isinstance(figure, Figure)
     ]
@@ -89,19 +88,6 @@ def _show_profile(profile: DeviceProfile) -> None:
             for each in profile.kernels
         ]
         print_table(("weights", "decode GB/s", "prompt GOPS", "repacked", "source"), kernels)
-
-
-_UNITS = {
-    "memory": "bytes",
-    "reserve": "bytes",
-    "bandwidth": "GB/s",
-    "prefill": "GOPS",
-    "prefill_repacked": "GOPS",
-    "storage": "MB/s",
-    "attention": "GB/s",
-    "overhead": "µs/layer",
-    "base": "bytes",
-}
 
 
 @devices.command()
@@ -252,8 +238,8 @@ def _best_row(choice: Choice) -> tuple[object, ...]:
         "on" if settings.mmap else "off",
         "on" if repacked else "off",
         f"{found.memory.total / 1e6:.0f}",
-        _said(found.decode),
-        _said(found.prefill),
+        str(found.decode),
+        str(found.prefill),
     )
 
 
@@ -268,14 +254,10 @@ def _forecast_row(found: Forecast) -> tuple[object, ...]:
         round(found.device.usable / 1e6),
         found.settings.context,
         found.largest_context,
-        _said(found.decode),
-        _said(found.prefill),
+        str(found.decode),
+        str(found.prefill),
         "" if found.load_seconds is None else f"{found.load_seconds:.1f}",
     )
-
-
-def _said(rate: Range) -> str:
-    return "-".join(f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in (rate.low, rate.high))
 
 
 def _show_one(found: Forecast) -> None:
@@ -286,8 +268,8 @@ def _show_one(found: Forecast) -> None:
     settings, device = found.settings, found.device
     lines = {
         "context": f"{settings.context} tokens, keys and values in {settings.kv_type}; at most {found.largest_context}",
-        "decode": f"{_said(found.decode)} tokens/s, {_said(found.decode_full)} when the context is full",
-        "prompt": f"{_said(found.prefill)} tokens/s",
+        "decode": f"{found.decode} tokens/s, {found.decode_full} when the context is full",
+        "prompt": f"{found.prefill} tokens/s",
         "load": "" if found.load_seconds is None else f"{found.load_seconds:.1f} s, the first time",
         "runtime": found.runtime,
         "threads": f"{device.decode_threads.value:.0f} to decode, {device.cores.value:.0f} for the prompt",

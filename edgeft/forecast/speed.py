@@ -27,6 +27,10 @@ class Range:
         band = BASES[figure.basis]
         return cls(value, value * (1 - band), value * (1 + band))
 
+    def __str__(self) -> str:
+        """The band: "18-25"."""
+        return "-".join(f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in (self.low, self.high))
+
 
 def decode(facts: ModelFacts, device: DeviceProfile, past: int = 0, kv_type: str = "f16") -> Range:
     """Tokens per second after `past` tokens."""

@@ -19,6 +19,7 @@ class How(enum.Enum):
     SHOW = "its output"
     WATCH = "a job's progress"
     CURVE = "a run's curves"
+    FIT = "a table of devices"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def general() -> list[Action]:
         Action("Fit a cascade to its model", ("cascade", "tune"), How.FORM),
         Action("Judge a cascade", ("cascade", "report"), How.FORM),
         Action("What left the device, why, and its cost", ("cascade", "log"), How.FORM),
+        Action("Devices, and what fits them", ("devices", "list"), How.FIT),
         Action("Probe this machine", ("devices", "probe"), How.JOB),
         Action("The demo: a real model in twelve minutes", ("demo",), How.JOB),
         Action("What works here, and what is missing", ("doctor",), How.SHOW),
@@ -90,7 +92,7 @@ def _model(item: Item) -> list[Action]:
         return [Action("Pull", ("models", "pull", item.name), How.JOB)]
     found = [
         Action("Train", ("train", "--model", _path(item)), How.FORM),
-        Action("Will it fit?", ("devices", "fit", _path(item)), How.SHOW),
+        Action("Will it fit?", ("devices", "fit", _path(item)), How.FIT),
         Action("Remove from the store", ("models", "rm", item.name), How.FORM),
     ]
     if item.next[0] == "chat":
@@ -113,6 +115,7 @@ def _run(item: Item) -> list[Action]:
     return [
         Action("Export", item.next, How.FORM),
         Action("Curves", ("status", item.name), How.CURVE),
+        Action("Will it fit?", ("devices", "fit", item.name), How.FIT),
     ]
 
 
@@ -120,7 +123,7 @@ def _artifact(item: Item) -> list[Action]:
     found = [
         Action("Chat", ("chat", item.name), How.CHAT),
         Action("Evaluate", ("eval", item.name), How.FORM),
-        Action("Will it fit?", ("devices", "fit", item.name), How.SHOW),
+        Action("Will it fit?", ("devices", "fit", item.name), How.FIT),
         Action("Package for a device", ("package", item.name), How.FORM),
     ]
     if item.next[0] == "verify":

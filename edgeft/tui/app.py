@@ -94,6 +94,8 @@ class EdgeftApp(App[None]):
             self.push_screen(OutputScreen(action.command))
         elif action.how is How.WATCH:
             self.push_screen(JobScreen(jobs.find_job(action.command[-1])))
+        elif action.how is How.FIT:
+            self._fit(action.command)
         else:
             self._curves(action.command[-1])
 
@@ -121,6 +123,13 @@ class EdgeftApp(App[None]):
         from edgeft.tui.chat import ChatScreen
 
         self.push_screen(ChatScreen(at.model, at.adapters, at.conversation, draft=at.draft))
+
+    def _fit(self, command: Sequence[str]) -> None:
+        from edgeft.tui.devices import DevicesScreen, Question
+        from edgeft.tui.forms import find_command, values_of
+
+        found, _, words = find_command(self._commands, command)
+        self.push_screen(DevicesScreen(self.start, Question(str(values_of(found, words).get("model", "")))))
 
     def _curves(self, folder: str) -> None:
         from edgeft.run import Run
