@@ -157,7 +157,7 @@ class LlamaSlots(LlamaSession):
             with self._changed:
                 if self._closing:
                     self._lib.llama_sampler_free(stream.sampler)
-                    self._alive()
+                    raise self._closed()
                 self._waiting.append(stream)
                 self._changed.notify_all()
             try:
@@ -171,6 +171,9 @@ class LlamaSlots(LlamaSession):
             finally:
                 stream.left = True
                 self._look_again()
+
+    def _closed(self) -> ModelError:
+        return ModelError(f"the session on {self._path} is closed")
 
     def _look_again(self) -> None:
         """Somebody left: a batch that nobody waits for any more is not finished."""
@@ -190,7 +193,7 @@ class LlamaSlots(LlamaSession):
                 for stream in list(self._running):
                     self._end(stream, known)
         for stream in [*self._running, *self._waiting]:
-            self._end(stream, ModelError(f"the session on {self._path} is closed"))
+            self._end(stream, self._closed())
 
     def _admitted(self) -> bool:
         """Wait until there is something to compute, and give free slots to those who wait. False at the end."""

@@ -242,6 +242,15 @@ def test_a_session_that_is_closed_leaves_nobody_waiting(load: Load, model: Path)
     session.close()
 
 
+def test_who_asks_while_a_session_closes_is_told_so(load: Load, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = load(model)
+    monkeypatch.setattr(session, "_closing", True)  # close() has begun; its thread has not ended yet
+    with pytest.raises(ModelError, match="is closed"):
+        ask(session, "hi")
+    monkeypatch.undo()
+    assert ask(session, "hi", max_tokens=3)
+
+
 # --- Adapters, and what cannot be ------------------------------------------------------------
 
 
