@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgeft.cascade.answers import Case
+from edgeft.cascade.boosted import fit_boosted
 from edgeft.cascade.calibration import Calibration, conformal_threshold, fit_logistic
 from edgeft.cascade.policies import Evidence, Policy, make_policy
 from edgeft.cascade.settings import PolicySettings
 from edgeft.errors import CheckFailed, DataError, UsageError
 
-TUNABLE = ("learned", "quantile", "margin", "entropy")
+TUNABLE = ("learned", "boosted", "quantile", "margin", "entropy")
 _FEWEST = 20
 
 
@@ -65,7 +66,7 @@ def tune(
     fit, hold = halves(cases, salt)
     if len(fit) < _FEWEST or len(hold) < _FEWEST:
         raise DataError(f"{len(cases)} answered examples are too few", f"Give at least {4 * _FEWEST}.")
-    parts = fitted(fit) if kind == "learned" else {}
+    parts = {"learned": fitted, "boosted": grown}[kind](fit) if kind in ("learned", "boosted") else {}
     draft = Calibration(kind, 0.0, settings.judge_tokens, artifact, goal=str(goal), **parts)
     risk = risks(policy_for(settings, kind, draft), hold)
     threshold = choose(risk, hold, goal)
@@ -78,6 +79,12 @@ def fitted(cases: Sequence[Case]) -> dict[str, Any]:
     target = [case.cloud_right and not case.local_right for case in cases]
     names, mean, scale, weights = fit_logistic([case.features for case in cases], target)
     return {"names": names, "mean": mean, "scale": scale, "weights": weights}
+
+
+def grown(cases: Sequence[Case]) -> dict[str, Any]:
+    """Trees for the same target."""
+    target = [case.cloud_right and not case.local_right for case in cases]
+    return {"trees": fit_boosted([case.features for case in cases], target)}
 
 
 def policy_for(settings: PolicySettings, kind: str, calibration: Calibration | None = None) -> Policy:
