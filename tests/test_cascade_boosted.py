@@ -32,7 +32,9 @@ def crossed(count: int, seed: int) -> list[Case]:
 
 
 def apgr(kind: str, fitted: Any, unseen: list[Case]) -> float:
-    columns = [np.array([float(getattr(case, name)) for case in unseen]) for name in ("local_right", "cloud_right", "cost")]
+    columns = [
+        np.array([float(getattr(case, name)) for case in unseen]) for name in ("local_right", "cloud_right", "cost")
+    ]
     return curve(np.array(risks(policy_for(PolicySettings(), kind, fitted), unseen)), *columns).apgr
 
 

@@ -229,7 +229,7 @@ def test_a_judge_grades_what_has_no_right_answer(asked_only: Path, capsys: pytes
 
 def test_what_the_judge_does_not_grade_is_left_out(asked_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with faulty_cloud("good") as cloud, faulty_cloud("good") as judge:
-        judge.answer = lambda asked: judged(asked) if '7' not in asked["messages"][-1]["content"] else ["I cannot say."]
+        judge.answer = lambda asked: judged(asked) if "7" not in asked["messages"][-1]["content"] else ["I cannot say."]
         assert main([*with_judge(asked_only, cloud, judge), "--max-cost", "9"]) == 0
         found = json.loads(capsys.readouterr().out)
     assert found["cloud_quality"] == 1.0 and 80 < found["examples"] < 130  # of about 270, in two halves

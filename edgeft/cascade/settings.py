@@ -254,7 +254,9 @@ def _check(settings: Settings) -> None:
     if policy.kind in ("self-consistency", "p-true") and policy.judge_tokens != -1:
         raise ConfigError(f"{where}: {policy.kind} judges whole answers: judge-tokens must be -1")
     if policy.kind in ("learned", "boosted") and not policy.calibration:
-        raise ConfigError(f"{where}: the {policy.kind} policy needs a calibration", f"edgeft cascade tune {where} --data …")
+        raise ConfigError(
+            f"{where}: the {policy.kind} policy needs a calibration", f"edgeft cascade tune {where} --data …"
+        )
     names = [cloud.name for cloud in settings.cloud]
     if len(set(names)) < len(names) or "local" in names or "" in names:
         raise ConfigError(f"{where}: endpoints need names of their own, and none may be called local")
@@ -348,7 +350,7 @@ open-s = 30.0                # for so long; then one request tries
 offline-s = 20.0             # how long "no connection" is remembered
 retry-wait-s = 4.0           # longest wait before a retry
 queue-s = 2.0                # longest wait for a free connection
-# hedge-percentile = 95.0    # the next endpoint is asked, too, when the first begins later than it mostly does; 0: never
+# hedge-percentile = 95.0    # the next endpoint is asked, too, when the first is later than so many; 0: never
 # hedge-s = 2.0              # what counts as late while fewer than 20 answers are known
 
 [cache]

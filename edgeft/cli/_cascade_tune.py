@@ -40,7 +40,11 @@ def _answering(command: Command) -> Command:
     for option in reversed(
         (
             click.argument("file", type=click.Path(path_type=Path), default="cascade.toml"),
-            click.option("--data", required=True, help="Conversations whose last turn is the right answer."),
+            click.option(
+                "--data",
+                required=True,
+                help="Conversations whose last turn is the right answer; with a judge, it may lack.",
+            ),
             click.option("--split", default=None, help="Part of the data set; default: train to tune, test to report."),
             click.option("--limit", type=click.IntRange(1), help="Use this many examples."),
             click.option(
@@ -48,8 +52,7 @@ def _answering(command: Command) -> Command:
                 type=click.Choice(["auto", "exact", "contains", "model"]),
                 default="auto",
                 show_default=True,
-                help="When an answer is right; auto: same text or same JSON value; model: when [judge] in FILE says so, "
-                "which needs no right answer in the data.",
+                help="When an answer is right; auto: same text or same JSON value; model: [judge] in FILE says.",
             ),
             click.option(
                 "--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest answer."
@@ -163,7 +166,9 @@ def report(
         if cascade.stale:
             note(f"the calibration is stale: {cascade.stale}")
         policy = cascade.settings.policy
-        cases = _cases(cascade, file, answers, max_tokens, judge, _examples(data, split or "test", limit, judge), max_cost)
+        cases = _cases(
+            cascade, file, answers, max_tokens, judge, _examples(data, split or "test", limit, judge), max_cost
+        )
         known = policy.calibration and not cascade.stale
         calibration = read_calibration(cascade.settings.beside(policy.calibration)) if known else None
     figures = judged(cases, policy, calibration, compared)
@@ -206,9 +211,7 @@ def _examples(data: str, split: str, limit: int | None, judge: str) -> list[Exam
 
 
 @contextlib.contextmanager
-def _collector(
-    cascade: Cascade, file: Path, answers: Path | None, max_tokens: int, judge: str
-) -> Iterator[Collector]:
+def _collector(cascade: Cascade, file: Path, answers: Path | None, max_tokens: int, judge: str) -> Iterator[Collector]:
     from edgeft.cascade.answers import AnswerFile, Collector
     from edgeft.cascade.judge import Grader
 
