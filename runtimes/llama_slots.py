@@ -86,11 +86,11 @@ class Rows:
         for part in parts:
             begin, at = at, at + len(part.tokens)
             size, place = at - begin, len(part.slot.cached)
-            self._tokens[begin:at] = part.tokens
-            self._places[begin:at] = range(place, place + size)
+            self._tokens[begin:at] = [*part.tokens]
+            self._places[begin:at] = [*range(place, place + size)]
             address = ctypes.addressof(self._numbers) + part.slot.number * ctypes.sizeof(c_int32)
             self._sequences[begin:at] = [address] * size
-            self._wanted[begin:at] = [0] * (size - 1) + [1]
+            self._wanted[begin:at] = [*itertools.repeat(0, size - 1), 1]
             outputs.append(at - 1)
         batch = Batch(
             n_tokens=at,

@@ -1,4 +1,4 @@
-"""Answers reused for nearly the same question: only nearly, only there, only for a while, and nobody's personal data."""
+"""Answers reused for nearly the same question: only there, only for a while, and nobody's personal data."""
 
 from __future__ import annotations
 
@@ -129,7 +129,10 @@ def test_a_text_without_known_words_is_near_nothing(embedder: Path) -> None:
 
 def test_what_is_no_embedder_is_said(tmp_path: Path, embedder: Path) -> None:
     (embedder / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match="no static embedding model"), opened(tmp_path, "http://127.0.0.1:1", more=CACHE):
+    with (
+        pytest.raises(ConfigError, match="no static embedding model"),
+        opened(tmp_path, "http://127.0.0.1:1", more=CACHE),
+    ):
         pass
     with (
         pytest.raises(ConfigError, match=r"needs cache\.embedder"),

@@ -1,4 +1,4 @@
-"""Hedged requests: whoever begins first answers, the other stops, both are paid for and audited, no budget is passed."""
+"""Hedged requests: whoever begins first answers, the other stops, both are paid for, no budget is passed."""
 
 from __future__ import annotations
 

@@ -233,3 +233,111 @@ def test_a_cloud_that_goes_away_while_tuning_loses_nothing(folder: Path) -> None
         assert kept == 40 and main(tuning) == 0
         assert len(cloud.wire) - before < 300 - 40
     assert read_settings(Path(path)).policy.kind == "learned"
+
+
+# --- A judge ------------------------------------------------------------------------------
+
+
+def judged(asked: dict[str, Any]) -> list[str]:
+    """Grades by the same rule as `right_answers`: is what is between "Answer:" and the scale right for the question?"""
+    text = asked["messages"][-1]["content"]
+    question, _, rest = text.partition("\n\nAnswer:\n")
+    wanted = "yes" if "?" in question.splitlines()[-1] else "no"
+    return ["5" if rest.startswith(wanted) else "Grade: 1"]
+
+
+@pytest.fixture
+def asked_only(folder: Path) -> Path:
+    """The questions of `folder` without their answers."""
+    with (folder / "asked.jsonl").open("w") as stream:
+        for number in range(300):
+            turn = {"role": "user", "content": f"is it {number}?" if number % 3 else f"it is {number}"}
+            stream.write(json.dumps({"messages": [turn]}) + "\n")
+    return folder
+
+
+def with_judge(folder: Path, cloud: FaultyCloud, judge: FaultyCloud) -> list[str]:
+    path = settings_for(folder, cloud)
+    table = f'[judge]\nname = "judge"\nurl = "{judge.url}"\nmodel = "j"\nprice-in = 0.001\nprice-out = 0.002\n'
+    Path(path).write_text(Path(path).read_text() + table)
+    data = str(folder / "asked.jsonl")
+    return ["cascade", "tune", path, "--data", data, "--judge", "model", "--max-tokens", "8", "--json"]
+
+
+def test_a_judge_grades_what_has_no_right_answer(asked_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with faulty_cloud("good") as cloud, faulty_cloud("good") as judge:
+        judge.answer = judged
+        tuning = with_judge(asked_only, cloud, judge)
+        assert main(tuning) == 2  # costs money
+        capsys.readouterr()
+        assert main([*tuning, "--dry-run"]) == 0
+        before = json.loads(capsys.readouterr().out)
+        assert main([*tuning, "--max-cost", str(before["cost"] * 0.99)]) == 5 and not judge.wire and not cloud.wire
+        capsys.readouterr()
+        assert main([*tuning, "--max-cost", str(before["cost"] * 1.01)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["cloud_quality"] == 1.0 and found["local_quality"] == pytest.approx(1 / 3, abs=0.12)
+        assert found["quality"] >= 0.95 and found["deferred"] == pytest.approx(2 / 3, abs=0.12)
+        requests = len(cloud.wire) + len(judge.wire)
+        entries = [json.loads(line) for line in (asked_only / "c.answers.jsonl").read_text().splitlines()]
+        assert sum(entry.get("cost", 0) for entry in entries) < before["cost"] and requests <= before["requests"]
+        assert len(judge.wire) == len({one["key"] for one in entries if "grade" in one})  # each answer once
+        assert main([*tuning, "--dry-run"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"requests": 0, "cost": 0}
+        assert main([*tuning, "--goal", "quality=0.9", "--policy", "boosted", "--max-cost", "0"]) == 0
+        assert len(cloud.wire) + len(judge.wire) == requests  # nothing is paid for twice
+    assert read_settings(asked_only / "c.toml").policy.kind == "boosted"
+
+
+def test_what_the_judge_does_not_grade_is_left_out(asked_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with faulty_cloud("good") as cloud, faulty_cloud("good") as judge:
+        judge.answer = lambda asked: judged(asked) if "7" not in asked["messages"][-1]["content"] else ["I cannot say."]
+        assert main([*with_judge(asked_only, cloud, judge), "--max-cost", "9"]) == 0
+        found = json.loads(capsys.readouterr().out)
+    assert found["cloud_quality"] == 1.0 and 160 < found["examples"] < 260  # of 400, without sevens
+
+
+def test_a_judge_that_goes_away_loses_nothing(asked_only: Path) -> None:
+    with faulty_cloud("good") as cloud, faulty_cloud("good") as judge:
+        judge.answer = lambda asked: judged(asked) if len(judge.wire) <= 30 else [""]
+        tuning = [*with_judge(asked_only, cloud, judge), "--max-cost", "9"]
+        assert main(tuning) == 4
+        kept = (asked_only / "c.answers.jsonl").read_text().count('"grade"')
+        asked, judge.answer = len(cloud.wire), judged
+        assert kept == 30 and main(tuning) == 0
+        assert len(cloud.wire) - asked < 270 - 14
+
+
+def test_personal_data_does_not_reach_the_judge(tmp_path: Path) -> None:
+    from edgeft.cascade.budget import Budget
+    from edgeft.cascade.judge import Grader
+    from edgeft.cascade.privacy import Guard
+
+    with faulty_cloud("good") as judge:
+        with_judge(tmp_path, judge, judge)
+        settings = read_settings(tmp_path / "c.toml")
+        judge.answer = lambda asked: ["4"]
+        grader = Grader(settings, Budget(settings.budget, tmp_path / "s.sqlite"), Guard(settings.privacy))
+        grade, _ = grader.grade([{"role": "user", "content": "mail ann@example.org"}], "to ann@example.org", "")
+        grader.close()
+    assert grade == 4 and "example.org" not in "".join(judge.wire)
+
+
+@pytest.mark.parametrize(
+    ("said", "grade"), [("4", 4), ("Grade: 2.", 2), ("5/5", 5), ("10", None), ("3.5", None), ("", None), ("good", None)]
+)
+def test_a_grade_is_one_number(said: str, grade: int | None) -> None:
+    from edgeft.cascade.judge import _GRADE
+
+    found = _GRADE.search(said)
+    assert (int(found.group()) if found else None) == grade
+
+
+def test_questions_that_are_none_are_said(tmp_path: Path) -> None:
+    from edgeft.cascade.judge import load_questions
+    from edgeft.errors import DataError
+
+    for line in ("{}", '{"messages": []}', '{"messages": [{"role": "system", "content": "x"}]}', "nothing"):
+        (tmp_path / "q.jsonl").write_text(line + "\n")
+        with pytest.raises(DataError, match=r"q\.jsonl:1"):
+            load_questions(tmp_path / "q.jsonl", "train")

@@ -16,6 +16,7 @@ from edgeft.cascade.cloud import Unanswered, estimate_tokens
 from edgeft.cascade.device import DeviceAnswer
 from edgeft.cascade.engine import Cascade
 from edgeft.cascade.features import Token, features
+from edgeft.cascade.judge import PASSES, Grader
 from edgeft.cascade.types import Record
 from edgeft.chat import Cancel, Message, Sampling
 from edgeft.data.example import Example
@@ -23,7 +24,10 @@ from edgeft.errors import CheckFailed, DataError, Unreachable, UsageError
 from edgeft.paths import parse_json
 from edgeft.progress import Progress
 
-JUDGES = ("auto", "exact", "contains")
+JUDGES = ("auto", "exact", "contains", "model")
+
+_LONGEST_TOKENS = 2
+"""Tokens of the judge's that one of an answer may be: tokenizers differ."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,30 @@ class Collector:
     file: AnswerFile
     max_tokens: int
     judge: str = "auto"
+    grader: Grader | None = None
+    """Needed where `judge` is "model"."""
 
     def estimate(self, examples: Sequence[Example]) -> tuple[int, float]:
-        """Requests that are still to be paid, and what they cost at most."""
+        """Requests that are still to be paid, grades among them, and what they cost at most."""
         cloud = self._cloud()
         missing = [one for one in examples if self._cloud_key(_prompt(one)) not in self.file.found]
-        return len(missing), sum(cloud.cost(estimate_tokens(_prompt(one)), self.max_tokens) for one in missing)
+        cost = sum(cloud.cost(estimate_tokens(_prompt(one)), self.max_tokens) for one in missing)
+        grades, price = 0, 0.0
+        if self.grader is not None:
+            for one in examples:
+                wanted = self._ungraded(one)
+                grades += wanted
+                price += wanted * self.grader.most(_prompt(one), _expected(one), _LONGEST_TOKENS * self.max_tokens)
+        return len(missing) + grades, cost + price
+
+    def _ungraded(self, example: Example) -> int:
+        """Grades that may be needed: of both answers, where one is not known yet."""
+        assert self.grader is not None
+        prompt, found = _prompt(example), self.file.found
+        keys = (self._local_key(prompt), self._cloud_key(prompt))
+        texts = {found[key]["text"] if key in found else key for key in keys}
+        known = {text for text in texts if self.grader.key(prompt, text, _expected(example)) in found}
+        return len(texts - known)
 
     def collect(self, examples: Sequence[Example], max_cost: float | None, progress: Progress) -> list[Case]:
         """Answer what is not answered yet.
@@ -102,14 +124,18 @@ class Collector:
             raise CheckFailed(f"{requests} requests cost up to {cost:.4f}, more than {max_cost:g}")
         progress.start("Answering on both sides", len(usable), "examples")
         try:
-            return [self._case(one, progress) for one in usable]
+            cases = [self._case(one, progress) for one in usable]
         finally:
             progress.finish()
+        return [case for case in cases if case is not None]
 
-    def _case(self, example: Example, progress: Progress) -> Case:
+    def _case(self, example: Example, progress: Progress) -> Case | None:
+        """None when the judge gave no grade."""
         local, cloud = self._local(_prompt(example)), self._remote(_prompt(example))
+        right = [self._right(example, side["text"]) for side in (local, cloud)]
         progress.advance(1)
-        expected = str(example.messages[-1].get("content") or "")
+        if None in right:
+            return None
         every = tuple(Token(entry[0], tuple(entry[1:])) for entry in local["tokens"])
         limit = self.cascade.settings.policy.judge_tokens
         judged = every[:limit] if limit > 0 else every
@@ -119,13 +145,29 @@ class Collector:
             local["key"],
             features(judged, question, ended, ended and local["finish"] == "length"),
             judged,
-            is_right(expected, local["text"], self.judge),
-            is_right(expected, cloud["text"], self.judge),
+            bool(right[0]),
+            bool(right[1]),
             float(cloud["cost"]),
         )
 
+    def _right(self, example: Example, text: str) -> bool | None:
+        expected = _expected(example)
+        if self.grader is None:
+            return is_right(expected, text, self.judge)
+        if expected and is_right(expected, text, "auto"):
+            return True  # nobody need be asked
+        key = self.grader.key(_prompt(example), text, expected)
+        if key not in self.file.found:
+            grade, cost = self.grader.grade(_prompt(example), text, expected)
+            self.file.add({"key": key, "grade": grade, "cost": cost})
+        grade = self.file.found[key]["grade"]
+        return None if grade is None else grade >= PASSES
+
+    def _local_key(self, messages: Sequence[Message]) -> str:
+        return _key("local", self.cascade.artifact_digest(), self.max_tokens, messages)
+
     def _local(self, messages: Sequence[Message]) -> dict[str, Any]:
-        key = _key("local", self.cascade.artifact_digest(), self.max_tokens, messages)
+        key = self._local_key(messages)
         if key not in self.file.found:
             answer = DeviceAnswer(
                 threading.Lock(), self.cascade.opened.session, messages, Sampling(max_tokens=self.max_tokens), Cancel()
@@ -161,6 +203,11 @@ class Collector:
     def _cloud_key(self, messages: Sequence[Message]) -> str:
         cloud = self._cloud()
         return _key("cloud", f"{cloud.name} {cloud.model}", self.max_tokens, messages)
+
+
+def _expected(example: Example) -> str:
+    """The reference; "" where there is none."""
+    return str(example.messages[-1].get("content") or "")
 
 
 def _prompt(example: Example) -> Sequence[Message]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeft.cascade.boosted import check_trees
 from edgeft.errors import CheckFailed, ConfigError
 from edgeft.paths import parse_json, write_json
 
@@ -30,6 +31,8 @@ class Calibration:
     scale: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
     """One per name, then the constant."""
+    trees: tuple[Any, ...] = ()
+    """Of the boosted policy (`edgeft.cascade.boosted`)."""
     goal: str = ""
     measured: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -57,15 +60,16 @@ def read_calibration(path: Path) -> Calibration:
     """Raises: ConfigError."""
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
-        lists = {name: tuple(value[name]) for name in ("names", "mean", "scale", "weights")}
+        lists = {name: tuple(value.get(name, ())) for name in ("names", "mean", "scale", "weights", "trees")}
         found = Calibration(**{**value, **lists})
         numbers = (found.threshold, *found.mean, *found.scale, *found.weights)
         if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
             raise ValueError("a number in it is none")
         if found.weights and len(found.weights) != len(found.names) + 1:
             raise ValueError("weights and names do not belong together")
+        check_trees(found.trees)
         return found
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is not a calibration: {error}", "edgeft cascade tune writes one.") from error
 
 

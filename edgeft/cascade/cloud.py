@@ -365,6 +365,6 @@ def _left_waiting(cancel: Cancel, seconds: float) -> bool:
         return bool(cancel) or gone.wait(seconds)
 
 
-def _generator(events: Iterator[Mapping[str, Any]]) -> Any:
+def _generator(events: Iterator[Any]) -> Any:
     """An iterator that can be closed, which ends the request."""
     return events if hasattr(events, "close") else (event for event in events)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from edgeft.cascade.boosted import boosted
 from edgeft.cascade.calibration import Calibration
 from edgeft.cascade.features import Token, quantile
 from edgeft.cascade.settings import PolicySettings
@@ -130,6 +131,8 @@ def make_policy(settings: PolicySettings, calibration: Calibration | None) -> Po
         if calibration is None or not calibration.weights:
             raise ConfigError("the learned policy has no calibration", "edgeft cascade tune makes one.")
         return Learned(calibration)
+    if settings.kind == "boosted":
+        return boosted(calibration)
     makers: Mapping[str, Callable[[], Policy]] = {
         "local-only": lambda: Constant("local-only", -math.inf),
         "cloud-only": lambda: Constant("cloud-only", math.inf),

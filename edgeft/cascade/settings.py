@@ -25,6 +25,7 @@ POLICIES = (
     "self-consistency",
     "p-true",
     "learned",
+    "boosted",
 )
 MID_STREAM = ("finish-locally", "restart-locally", "stop")
 
@@ -135,6 +136,8 @@ class Settings:
     path: Path
     local: Local
     cloud: tuple[Cloud, ...] = ()
+    judge: Cloud | None = None
+    """Grades answers for `edgeft cascade tune --judge model`; never answers itself."""
     policy: PolicySettings = field(default_factory=PolicySettings)
     budget: BudgetSettings = field(default_factory=BudgetSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
@@ -183,7 +186,7 @@ def read_settings(path: Path) -> Settings:
         raise ConfigError(f"cannot read {path}: {error}", "edgeft cascade init writes a new one.") from error
     if document.pop("schema", SCHEMA) != SCHEMA:
         raise ConfigError(f"{path}: this edgeft reads schema {SCHEMA}")
-    known = {"local", "cloud", *_SECTIONS}
+    known = {"local", "cloud", "judge", *_SECTIONS}
     for name in document:
         if name not in known:
             raise _unknown(str(path), name, known)
@@ -196,6 +199,7 @@ def read_settings(path: Path) -> Settings:
         path,
         local,
         tuple(_section(Cloud, entry, f"{path}: cloud {n}") for n, entry in enumerate(clouds, 1)),
+        _section(Cloud, document["judge"], f"{path}: judge") if "judge" in document else None,
         **sections,
     )
     _check(settings)
@@ -249,12 +253,14 @@ def _check(settings: Settings) -> None:
         raise ConfigError(f"{where}: policy.judge-tokens is at least -1, policy.samples at least 2")
     if policy.kind in ("self-consistency", "p-true") and policy.judge_tokens != -1:
         raise ConfigError(f"{where}: {policy.kind} judges whole answers: judge-tokens must be -1")
-    if policy.kind == "learned" and not policy.calibration:
-        raise ConfigError(f"{where}: the learned policy needs a calibration", f"edgeft cascade tune {where} --data …")
+    if policy.kind in ("learned", "boosted") and not policy.calibration:
+        raise ConfigError(
+            f"{where}: the {policy.kind} policy needs a calibration", f"edgeft cascade tune {where} --data …"
+        )
     names = [cloud.name for cloud in settings.cloud]
     if len(set(names)) < len(names) or "local" in names or "" in names:
         raise ConfigError(f"{where}: endpoints need names of their own, and none may be called local")
-    for cloud in settings.cloud:
+    for cloud in (*settings.cloud, *([settings.judge] if settings.judge else [])):
         if cloud.concurrency < 1 or cloud.retries < 0:
             raise ConfigError(f"{where}: {cloud.name}: concurrency is at least 1, retries at least 0")
         try:
@@ -311,6 +317,10 @@ price-out = 0.0              # and per 1,000 tokens of the answer
 # retries = 2
 # concurrency = 4
 
+# [judge]                    # a model that grades answers: `edgeft cascade tune --judge model`; keys as above
+# name = "judge"
+# url = "https://api.example.com/v1#strong-model"
+
 [policy]
 kind = "quantile"            # {policies}
 threshold = 1.6              # the cloud is asked when the policy's risk is above this
@@ -340,7 +350,7 @@ open-s = 30.0                # for so long; then one request tries
 offline-s = 20.0             # how long "no connection" is remembered
 retry-wait-s = 4.0           # longest wait before a retry
 queue-s = 2.0                # longest wait for a free connection
-# hedge-percentile = 95.0    # the next endpoint is asked, too, when the first begins later than it mostly does; 0: never
+# hedge-percentile = 95.0    # the next endpoint is asked, too, when the first is later than so many; 0: never
 # hedge-s = 2.0              # what counts as late while fewer than 20 answers are known
 
 [cache]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgeft.cascade.answers import Case
+from edgeft.cascade.boosted import fit_boosted
 from edgeft.cascade.calibration import Calibration, certain_threshold, conformal_threshold, fit_logistic
-from edgeft.cascade.policies import Evidence, Learned, Policy, make_policy
+from edgeft.cascade.policies import Evidence, Policy, make_policy
 from edgeft.cascade.settings import PolicySettings
 from edgeft.errors import CheckFailed, DataError, UsageError
 
-TUNABLE = ("learned", "quantile", "margin", "entropy")
+TUNABLE = ("learned", "boosted", "quantile", "margin", "entropy")
 _FEWEST = 20
 _FOLDS = 5
 
@@ -71,34 +72,34 @@ def tune(
     fit, hold = halves(cases, salt)
     if len(fit) < _FEWEST or len(hold) < _FEWEST:
         raise DataError(f"{len(cases)} answered examples are too few", f"Give at least {4 * _FEWEST}.")
-    if kind != "learned":
+    if kind not in _FITS:
         # Nothing is fitted, so that every answer can choose the threshold.
         parts, hold = {}, list(cases)
         risk = risks(policy_for(settings, kind), hold)
     elif goal.kind == "risk":
         # The promise needs answers that the fit has not seen.
-        parts = fitted(fit)
-        risk = risks(_learned(parts), hold)
+        parts = _FITS[kind](fit)
+        risk = risks(_fitted_policy(kind, parts), hold)
     else:
-        parts, hold = fitted(cases), list(cases)
-        risk = cross_fitted(hold, salt)
+        parts, hold = _FITS[kind](cases), list(cases)
+        risk = cross_fitted(hold, salt, kind)
     threshold = choose(risk, hold, goal)
     measured = outcome(risk, hold, threshold)
     return Calibration(kind, threshold, settings.judge_tokens, artifact, goal=str(goal), measured=measured, **parts)
 
 
-def cross_fitted(cases: Sequence[Case], salt: str = "") -> list[float]:
+def cross_fitted(cases: Sequence[Case], salt: str = "", kind: str = "learned") -> list[float]:
     """Of each answer the risk by a fit to the folds that it is not in."""
     place = [hashlib.sha256((salt + case.key).encode()).digest()[1] % _FOLDS for case in cases]
     policies = [
-        _learned(fitted([case for case, other in zip(cases, place, strict=True) if other != fold]))
+        _fitted_policy(kind, _FITS[kind]([case for case, other in zip(cases, place, strict=True) if other != fold]))
         for fold in range(_FOLDS)
     ]
     return [risks(policies[fold], [case])[0] for case, fold in zip(cases, place, strict=True)]
 
 
-def _learned(parts: Mapping[str, Any]) -> Policy:
-    return Learned(Calibration("learned", 0.0, -1, "", **parts))
+def _fitted_policy(kind: str, parts: Mapping[str, Any]) -> Policy:
+    return policy_for(PolicySettings(kind=kind), kind, Calibration(kind, 0.0, -1, "", **parts))
 
 
 def fitted(cases: Sequence[Case]) -> dict[str, Any]:
@@ -106,6 +107,15 @@ def fitted(cases: Sequence[Case]) -> dict[str, Any]:
     target = [case.cloud_right and not case.local_right for case in cases]
     names, mean, scale, weights = fit_logistic([case.features for case in cases], target)
     return {"names": names, "mean": mean, "scale": scale, "weights": weights}
+
+
+def grown(cases: Sequence[Case]) -> dict[str, Any]:
+    """Trees for the same target."""
+    target = [case.cloud_right and not case.local_right for case in cases]
+    return {"trees": fit_boosted([case.features for case in cases], target)}
+
+
+_FITS: Mapping[str, Callable[[Sequence[Case]], dict[str, Any]]] = {"learned": fitted, "boosted": grown}
 
 
 def policy_for(settings: PolicySettings, kind: str, calibration: Calibration | None = None) -> Policy:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +26,7 @@ Examples:
   edgeft cascade tune --data questions.jsonl --goal quality=0.95 --max-cost 0.50
   edgeft cascade tune --data questions.jsonl --goal risk=0.05 --policy quantile --max-cost 0
   edgeft cascade tune --data questions.jsonl --dry-run        what it would cost
+  edgeft cascade tune --data asked.jsonl --judge model --max-cost 2    questions without answers, graded by a model
 """
 REPORT_EXAMPLES = """\b
 Examples:
@@ -38,15 +40,19 @@ def _answering(command: Command) -> Command:
     for option in reversed(
         (
             click.argument("file", type=click.Path(path_type=Path), default="cascade.toml"),
-            click.option("--data", required=True, help="Conversations whose last turn is the right answer."),
+            click.option(
+                "--data",
+                required=True,
+                help="Conversations whose last turn is the right answer; with a judge, it may lack.",
+            ),
             click.option("--split", default=None, help="Part of the data set; default: train to tune, test to report."),
             click.option("--limit", type=click.IntRange(1), help="Use this many examples."),
             click.option(
                 "--judge",
-                type=click.Choice(["auto", "exact", "contains"]),
+                type=click.Choice(["auto", "exact", "contains", "model"]),
                 default="auto",
                 show_default=True,
-                help="When an answer is right; auto: same text or same JSON value.",
+                help="When an answer is right; auto: same text or same JSON value; model: [judge] in FILE says.",
             ),
             click.option(
                 "--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest answer."
@@ -66,7 +72,7 @@ def _answering(command: Command) -> Command:
 @click.option(
     "--policy",
     "kind",
-    type=click.Choice(["learned", "quantile", "margin", "entropy"]),
+    type=click.Choice(["learned", "boosted", "quantile", "margin", "entropy"]),
     default="learned",
     show_default=True,
     help="What is fitted.",
@@ -105,10 +111,11 @@ def tune(
     from edgeft.cascade.tune import tune as fit
 
     goal = parse_goal(goal_text)
-    examples = _examples(data, split or "train", limit)
+    examples = _examples(data, split or "train", limit, judge)
     with Cascade.open(file, ConsoleProgress(), calibrated=False) as cascade:
         if dry_run:
-            requests, cost = _collector(cascade, file, answers, max_tokens, judge).estimate(examples)
+            with _collector(cascade, file, answers, max_tokens, judge) as collector:
+                requests, cost = collector.estimate(examples)
             print_json({"requests": requests, "cost": cost}) if as_json else click.echo(
                 f"{requests} requests, {cost:.4f}"
             )
@@ -160,7 +167,9 @@ def report(
         if cascade.stale:
             note(f"the calibration is stale: {cascade.stale}")
         policy = cascade.settings.policy
-        cases = _cases(cascade, file, answers, max_tokens, judge, _examples(data, split or "test", limit), max_cost)
+        cases = _cases(
+            cascade, file, answers, max_tokens, judge, _examples(data, split or "test", limit, judge), max_cost
+        )
         known = policy.calibration and not cascade.stale
         calibration = read_calibration(cascade.settings.beside(policy.calibration)) if known else None
     figures = judged(cases, policy, calibration, compared)
@@ -194,17 +203,26 @@ def _middle(text: str | None) -> tuple[float, float] | None:
     return quality, cost
 
 
-def _examples(data: str, split: str, limit: int | None) -> list[Example]:
+def _examples(data: str, split: str, limit: int | None, judge: str) -> list[Example]:
+    from edgeft.cascade.judge import load_questions
     from edgeft.data.load import load_split
 
-    return list(load_split(data, split)[:limit])
+    loaded = load_questions(Path(data), split) if judge == "model" and Path(data).is_file() else load_split(data, split)
+    return list(loaded[:limit])
 
 
-def _collector(cascade: Cascade, file: Path, answers: Path | None, max_tokens: int, judge: str) -> Collector:
+@contextlib.contextmanager
+def _collector(cascade: Cascade, file: Path, answers: Path | None, max_tokens: int, judge: str) -> Iterator[Collector]:
     from edgeft.cascade.answers import AnswerFile, Collector
+    from edgeft.cascade.judge import Grader
 
     path = answers or file.with_name(f"{file.stem}.answers.jsonl")
-    return Collector(cascade, AnswerFile(path), max_tokens, judge)
+    grader = Grader(cascade.settings, cascade.budget, cascade.guard) if judge == "model" else None
+    try:
+        yield Collector(cascade, AnswerFile(path), max_tokens, judge, grader)
+    finally:
+        if grader is not None:
+            grader.close()
 
 
 def _cases(
@@ -216,10 +234,10 @@ def _cases(
     examples: list[Example],
     max_cost: float | None,
 ) -> list[Case]:
-    collector = _collector(cascade, file, answers, max_tokens, judge)
-    requests, cost = collector.estimate(examples)
-    note(f"{requests} requests to the cloud, at most {cost:.4f} {cascade.settings.budget.currency}")
-    return collector.collect(examples, max_cost, ConsoleProgress())
+    with _collector(cascade, file, answers, max_tokens, judge) as collector:
+        requests, cost = collector.estimate(examples)
+        note(f"{requests} requests to the cloud, at most {cost:.4f} {cascade.settings.budget.currency}")
+        return collector.collect(examples, max_cost, ConsoleProgress())
 
 
 def with_policy(text: str, kind: str, calibration: str) -> str:

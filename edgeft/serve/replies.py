@@ -13,7 +13,6 @@ from edgeft.serve.requests import Asked
 from edgeft.serve.tools import CallReader
 from edgeft.serve.work import Origin, Step, TokenLogprob
 
-
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 """Made once: json.dumps makes one for every call."""
 

@@ -41,8 +41,8 @@ _CASCADE_PARALLEL = 8
 
 
 _APART_S = 0.02
-"""Between two writes of one answer: 50 a second, faster than anybody reads. A model that is faster has several tokens in
-one, since every write wakes the server, which costs 0.3 to 0.5 ms on two cores that are busy with weights."""
+"""Between two writes of one answer: 50 a second, faster than anybody reads. A model that is faster has several
+tokens in one, since every write wakes the server, which costs 0.3 to 0.5 ms on cores that are busy with weights."""
 
 
 class Worker:
