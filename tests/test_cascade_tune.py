@@ -294,7 +294,7 @@ def test_what_the_judge_does_not_grade_is_left_out(asked_only: Path, capsys: pyt
         judge.answer = lambda asked: judged(asked) if "7" not in asked["messages"][-1]["content"] else ["I cannot say."]
         assert main([*with_judge(asked_only, cloud, judge), "--max-cost", "9"]) == 0
         found = json.loads(capsys.readouterr().out)
-    assert found["cloud_quality"] == 1.0 and 160 < found["examples"] < 260  # of 400, without sevens
+    assert found["cloud_quality"] == 1.0 and 160 < found["examples"] < 260  # of 300, without sevens
 
 
 def test_a_judge_that_goes_away_loses_nothing(asked_only: Path) -> None:
