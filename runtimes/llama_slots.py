@@ -172,9 +172,6 @@ class LlamaSlots(LlamaSession):
                 stream.left = True
                 self._look_again()
 
-    def _closed(self) -> ModelError:
-        return ModelError(f"the session on {self._path} is closed")
-
     def _look_again(self) -> None:
         """Somebody left: a batch that nobody waits for any more is not finished."""
         with self._changed:
@@ -185,15 +182,19 @@ class LlamaSlots(LlamaSession):
     # --- The thread that computes -----------------------------------------------
 
     def _run(self) -> None:
-        while self._admitted():
+        while not self._closing:
             try:
-                self._step()
+                if self._admitted():
+                    self._step()
             except Exception as error:  # the border of a thread: readers would wait for ever
                 known = error if isinstance(error, EdgeftError) else ModelError(f"{type(error).__name__}: {error}")
                 for stream in list(self._running):
                     self._end(stream, known)
         for stream in [*self._running, *self._waiting]:
             self._end(stream, self._closed())
+
+    def _closed(self) -> ModelError:
+        return ModelError(f"the session on {self._path} is closed")
 
     def _admitted(self) -> bool:
         """Wait until there is something to compute, and give free slots to those who wait. False at the end."""
@@ -202,7 +203,7 @@ class LlamaSlots(LlamaSession):
                 for stream in [one for one in [*self._running, *self._waiting] if one.over]:
                     self._end(stream)
                 while self._waiting and any(slot.free for slot in self._slots):
-                    self._begin_in_slot(self._waiting.pop(0))
+                    self._begin_in_slot(self._waiting[0])
                 if self._running:
                     self._evaluating = tuple(self._running)
                     self._flag[0] = b"\0"
@@ -211,7 +212,7 @@ class LlamaSlots(LlamaSession):
         return False
 
     def _begin_in_slot(self, stream: Stream) -> None:
-        """In the free slot that has most of the prompt."""
+        """The first who waits, in the free slot that has most of its prompt."""
         free = [slot for slot in self._slots if slot.free]
         prompt = stream.prompt[:-1]
         slot = max(free, key=lambda one: (len(common(one.cached, prompt)), -one.left))
@@ -219,7 +220,7 @@ class LlamaSlots(LlamaSession):
         slot.free, stream.slot = False, slot
         stream.answer.reused = len(slot.cached)
         stream.pending = stream.prompt[len(slot.cached) :]
-        self._running.append(stream)
+        self._running.append(self._waiting.pop(0))
 
     def _cut(self, slot: Slot, length: int) -> None:
         """Keep so many tokens of a slot, or none: recurrent models cannot forget a part."""

@@ -200,6 +200,12 @@ def test_what_cannot_be_done_is_refused_by_name(server: Serving, more: dict[str,
     assert status == 400 and body["error"]["param"] == param and body["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("suffix", ["after", {}, [], 0, False])
+def test_a_suffix_is_refused_whatever_it_is(server: Serving, suffix: Any) -> None:
+    status, body, _ = server.ask("/v1/completions", {"model": "echo", "prompt": "a", "suffix": suffix})
+    assert status == 400 and body["error"]["param"] == "suffix"
+
+
 def test_a_prompt_that_is_too_long_is_refused_before_the_stream_begins(server: Serving) -> None:
     status, body, _ = server.chat("x" * 5000, stream=True)
     assert status == 400 and body["error"]["code"] == "context_length_exceeded"

@@ -56,9 +56,8 @@ class Runner:
             end = error
         self._heard.put((self, end))
 
-    def stop(self) -> None:
-        """Tell it that nobody wants its answer, and wait until it has said what that cost."""
-        self.cancel.set()
+    def join(self) -> None:
+        """Wait until it has ended, and it is known what it cost."""
         self._thread.join()
 
 
@@ -82,8 +81,9 @@ class Race:
                 while (said := self._next()) is not None:
                     yield said
         finally:
+            self._stop_all()
             for runner in self._runners:
-                runner.stop()
+                runner.join()
 
     def _start(self) -> None:
         runner = Runner(self._ahead.pop(0), self._heard)

@@ -62,7 +62,7 @@ def text_request(body: Any, defaults: Sampling) -> Asked:
         prompt = prompt[0]
     if not isinstance(prompt, str) or not prompt:
         refuse("prompt", "one text that is not empty")
-    if body.get("suffix"):
+    if body.get("suffix") not in ("", None):
         refuse("suffix", "not supported")
     if _number(body, "best_of", 1, int, 1, 20) != 1:
         refuse("best_of", "only 1 is supported")
