@@ -82,7 +82,7 @@ bench-ledger: dev ## every way to ship the run of the demo, in one ledger
 bench-serve: dev ## what the server adds to the bare runtime
 	$(BIN)/python benchmarks/serve.py
 
-bench-cascade: dev ## a real cascade on three tasks: trains two models, asks both (an hour on two cores, resumable)
+bench-cascade: dev ## a real cascade on three tasks: trains two models, asks both; resumable
 	$(BIN)/python benchmarks/cascade.py --work .cache/cascade
 
 soak: dev ## 64 streams for five minutes, some left half read: memory, and no text in the wrong hands

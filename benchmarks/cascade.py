@@ -10,7 +10,8 @@ questions is made with a smaller --questions once these are answered.
 
 Each of five seeds splits a task's questions in two: on the first half a policy is tuned, on the second it is judged.
 APGR is the mean over seeds. Intervals: the middle 95 % of 2,000 resamples of the questions, each question kept or left
-in all five splits and in both policies at once, so that the overlap of the splits does not narrow them.
+in all five splits and in both policies at once, so that the overlap of the splits does not narrow them. They are of
+the policies as tuned: what another tuning set would have changed shows in the seeds only.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ threads = {threads}
 [[cloud]]
 name = "heavy"
 url = "{url}/v1"
-model = "heavy"
+model = "{heavy}"
 price-in = 0.00015
 price-out = 0.0006
 [policy]
@@ -146,6 +147,7 @@ def answer(work: Path, tasks: Sequence[str], questions: int, threads: int) -> di
     """Both sides' answers, of every task; asked where they are not yet known. The server's port changes nothing."""
     import tempfile
 
+    from edgeft.artifact import digest_of
     from edgeft.paths import write_text
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -153,9 +155,11 @@ def answer(work: Path, tasks: Sequence[str], questions: int, threads: int) -> di
 
     with tempfile.TemporaryDirectory() as folder:
         options = ("--threads", str(threads), "--threads-batch", str(threads), "--no-log")
-        with serving(Path(folder), f"heavy={work / 'heavy.gguf'}", *options) as server:
+        # Answers are kept under the model's name: another file's are not to be taken for this one's.
+        heavy = f"heavy-{digest_of(work / 'heavy.gguf')[:8]}"
+        with serving(Path(folder), f"{heavy}={work / 'heavy.gguf'}", *options) as server:
             file = work / f"cascade-{'-'.join(tasks)}.toml"
-            write_text(file, CASCADE.format(url=server.url, threads=threads))
+            write_text(file, CASCADE.format(url=server.url, heavy=heavy, threads=threads))
             return {task: collect(file, task, questions) for task in tasks}
 
 
