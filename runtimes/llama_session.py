@@ -20,9 +20,10 @@ from edgeft.plugins import AdapterScale, LoadOptions
 
 from .json_grammar import schema_to_grammar
 from .llama_api import Batch, Library, SamplerChainParams, Token, abort_function, scored_batch
-from .llama_load import load_model, make_context, metadata
+from .llama_load import llama_choices, load_model, make_context, metadata
 from .llama_prompt_state import PromptState
 from .llama_state import common, fingerprint
+from .prompt_lookup import PromptLookup
 from .sampler import log_softmax
 from .session_base import ClosingSession, check_score
 from .text_stream import TextStream
@@ -57,7 +58,8 @@ class LlamaSession(ClosingSession):
         self._memory = library.llama_get_memory(self._ctx)
         self.context = int(library.llama_n_ctx(self._ctx))
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocab))
-        self._batch = options.batch
+        self._batch, self._guesses = options.batch, self._can_guess(options)
+        self.choices = llama_choices(library, options, flash_attention)
         self._state = PromptState(options.state, self._about(options, flash_attention) if options.state else {})
 
     def close(self) -> None:
@@ -87,7 +89,18 @@ class LlamaSession(ClosingSession):
             "context": self.context,
             "batch": options.batch,
             "flash attention": flash_attention,
+            "kv type": options.kv_type,
         }
+
+    def _can_guess(self, options: LoadOptions) -> bool:
+        lib = self._lib
+        remembers = not lib.llama_model_is_recurrent(self._model) and not lib.llama_model_is_hybrid(self._model)
+        if options.lookup and not remembers:
+            self.close()
+            raise UsageError(
+                f"{self._path} has recurrent layers, which cannot take back a wrong guess", "Leave out --lookup."
+            )
+        return bool(options.lookup)
 
     def _context(self) -> int:
         assert self._ctx is not None
@@ -206,10 +219,13 @@ class LlamaSession(ClosingSession):
         ready = not cancel and self._prefill_keeping(prompt, reused)
         one = (Token * 1)()
         batch = Batch(n_tokens=1, token=one)
+        lookup = PromptLookup(prompt) if self._guesses else None
+        guessed: TokenIds = []
+        row = 0  # of the last batch's outputs: a prompt has one, a batch with guesses one per token
         while ready:
             if cancel:
                 break
-            token = lib.llama_sampler_sample(sampler, self._ctx, -1)
+            token = lib.llama_sampler_sample(sampler, self._ctx, row if produced and lookup else -1)
             last = time.perf_counter()
             if lib.llama_vocab_is_eog(self._vocab, token):
                 reason = "stop"
@@ -217,17 +233,27 @@ class LlamaSession(ClosingSession):
             first = last if produced == 0 else first
             produced += 1
             text = stream.push(self._piece(token))
-            logprob, top = self._logprobs(token, sampling.top_logprobs)
+            logprob, top = self._logprobs(token, sampling.top_logprobs, row)
             yield Delta(text, token, logprob, top)
             self._check_turn(turn)
             if stream.stopped:
                 reason = "stop"
                 break
-            if produced >= sampling.max_tokens or len(self._cached) >= self.context:
+            here = len(prompt) + produced - 1  # tokens before this one
+            if produced >= sampling.max_tokens or here >= self.context:
                 reason = "length"
                 break
-            one[0] = token
-            ready = self._decode(batch, [token])
+            if lookup is None:
+                one[0] = token
+                ready = self._decode(batch, [token])
+                continue
+            lookup.extend([token])
+            if guessed and guessed[0] == token:
+                guessed, row = guessed[1:], row + 1
+                continue
+            self._cut(here)
+            guessed = lookup.guess(min(sampling.max_tokens - produced - 1, self.context - here - 1, self._batch - 1))
+            ready, row = self._decode(scored_batch([token, *guessed], here), [token, *guessed]), 0
         usage = Usage(
             len(prompt), reused, produced, (first if produced else last) - started, max(last - first, 0.0), reason
         )
@@ -253,6 +279,12 @@ class LlamaSession(ClosingSession):
             shared = 0
         self._cached = self._cached[:shared]
         return shared
+
+    def _cut(self, length: int) -> None:
+        """Forget what was computed for guesses that came out wrong."""
+        if length < len(self._cached):
+            self._lib.llama_memory_seq_rm(self._memory, 0, length, -1)
+            self._cached = self._cached[:length]
 
     def _begin(self, prompt: TokenIds) -> int:
         """How many tokens of the prompt need not be computed: they are cached, or their state is on the disk."""
@@ -329,13 +361,13 @@ class LlamaSession(ClosingSession):
             raise UsageError(f"llama.cpp cannot follow this JSON schema: {json.dumps(schema)[:200]}")
         return int(sampler)
 
-    def _logprobs(self, token: int, top: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    def _logprobs(self, token: int, top: int, at: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
         if not top:
             return None, ()
         import numpy as np
 
         top = min(top, self.vocabulary)
-        row = log_softmax(self._logits(1))[0]
+        row = log_softmax(self._logits(at + 1)[at:])[0]
         best = np.argpartition(row, -top)[-top:]
         best = best[np.argsort(row[best])[::-1]]
         return float(row[token]), tuple((int(index), float(row[index])) for index in best)
