@@ -54,6 +54,15 @@ SCHEMA: tuple[Key, ...] = (
     Key("run.min-p", float, 0.05, "Drop tokens below this share of the most probable one.", minimum=0),
     Key("run.repeat-penalty", float, 1.0, "Above 1 discourages repetition.", minimum=0),
     Key("run.seed", int, 0, "Seed of the sampler."),
+    Key("run.kv-type", str, "auto", "How keys and values are stored; q8_0 halves them.", ("auto", "f16", "q8_0")),
+    Key("run.lookup", str, "auto", "Guess tokens from the conversation, check many at once.", ("auto", "on", "off")),
+    Key(
+        "run.overflow",
+        str,
+        "refuse",
+        "A conversation longer than the context: an error, or its oldest turns are left out.",
+        ("refuse", "truncate-oldest"),
+    ),
     Key(
         "run.state",
         str,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_chec
 
 from edgeft.artifact import Artifact
 from edgeft.chat import Cancel, Delta, Message, Sampling, TokenIds
-from edgeft.errors import PluginError, require
+from edgeft.errors import PluginError, UsageError, require
 from edgeft.progress import Progress
 
 if TYPE_CHECKING:
@@ -148,6 +148,10 @@ class Converter(Protocol):
 # --- Runtimes -----------------------------------------------------------------
 
 
+KvType = Literal["f16", "q8_0"]
+Overflow = Literal["refuse", "truncate-oldest"]
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """How to load. None means: chosen by the runtime, which can say why."""
@@ -162,6 +166,12 @@ class LoadOptions:
     parallel: int = 1
     """Answers decoded together, each with `context` tokens of its own, where the runtime can; see `streams`."""
     use_mmap: bool = True
+    kv_type: KvType | None = None
+    """How keys and values are stored. Only for runtimes that name it in `kv_types`."""
+    lookup: bool | None = None
+    """Guess tokens from what was said before and compute several at once. Only for runtimes with `lookup`."""
+    overflow: Overflow = "refuse"
+    """What becomes of a conversation that does not fit. Whoever renders it applies it (`edgeft.overflow`)."""
     state: Path | None = None
     """Folder where the state of system prompts is kept between sessions, prompts included; None: nowhere."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -229,6 +239,33 @@ CAPABILITIES: frozenset[Capability] = frozenset(get_args(Capability))
 def capabilities(runtime: Runtime) -> frozenset[Capability]:
     """What a runtime can do: everything but what it declares in `lacks` (capability -> why), where it has that."""
     return CAPABILITIES - set(getattr(runtime, "lacks", ()))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting a session runs with, and why. Sessions that can tell have `choices`."""
+
+    name: str
+    value: str
+    reason: str
+
+
+def check_levers(runtime: Runtime, options: LoadOptions) -> None:
+    """Raises: UsageError for a setting that the runtime would not follow."""
+    kinds = getattr(runtime, "kv_types", ())
+    if options.kv_type and options.kv_type not in kinds:
+        raise UsageError(
+            f"{runtime.name} cannot store keys and values as {options.kv_type}",
+            f"It can: {', '.join(kinds)}." if kinds else "Leave out --kv-type, or take llama-cpp-python or xllamacpp.",
+        )
+    if options.lookup and not getattr(runtime, "lookup", False):
+        raise UsageError(
+            f"{runtime.name} has no prompt lookup", "Leave out --lookup, or take llama-cpp-python or xllamacpp."
+        )
+    if options.overflow != "refuse" and "raw" not in capabilities(runtime):
+        raise UsageError(
+            f"{runtime.name} cannot count a prompt's tokens, so no turns can be left out", "Take --overflow refuse."
+        )
 
 
 class Runtime(Protocol):

@@ -12,7 +12,19 @@ from edgeft.artifact import Artifact, manifest_path, open_artifact, read_manifes
 from edgeft.bundle import is_bundle, read_bundle
 from edgeft.errors import EdgeftError, MissingDependency, ModelError, PluginError, UsageError
 from edgeft.models import resolve
-from edgeft.plugins import AdapterScale, Capability, LoadOptions, Runtime, Session, Support, capabilities
+from edgeft.overflow import overflow_choice
+from edgeft.plugins import (
+    AdapterScale,
+    Capability,
+    Choice,
+    LoadOptions,
+    Overflow,
+    Runtime,
+    Session,
+    Support,
+    capabilities,
+    check_levers,
+)
 from edgeft.progress import Progress
 
 AUTO = "auto"
@@ -28,6 +40,13 @@ class Opened:
     reason: str
     """Why this runtime."""
     adapters: tuple[AdapterScale, ...] = ()
+    overflow: Overflow = "refuse"
+
+    @property
+    def choices(self) -> list[Choice]:
+        """What it runs with and why, as far as the runtime can tell."""
+        told = getattr(self.session, "choices", ())
+        return [Choice("runtime", self.runtime, self.reason), *told, overflow_choice(self.overflow)]
 
     @property
     def system(self) -> str | None:
@@ -70,15 +89,17 @@ def open_session(
         support = plugin.supports(artifact)
     if not support.ok:
         raise _unsupported(name, support)
+    options = options or LoadOptions()
+    check_levers(plugin, options)
     with _border(name):
-        session = plugin.load(artifact, options or LoadOptions())
+        session = plugin.load(artifact, options)
         if adapters:
             try:
                 session.set_adapters(adapters)
             except BaseException:
                 session.close()
                 raise
-    return Opened(session, artifact, name, reason, tuple(adapters))
+    return Opened(session, artifact, name, reason, tuple(adapters), options.overflow)
 
 
 def find_artifact(reference: str, runtime: str = AUTO, progress: Progress | None = None) -> Artifact:

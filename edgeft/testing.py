@@ -33,6 +33,7 @@ from edgeft import plugins
 from edgeft.artifact import Artifact, size_of
 from edgeft.chat import Cancel, Delta, Message, Sampling, TokenIds, Usage
 from edgeft.errors import EdgeftError, ModelError, UsageError
+from edgeft.overflow import fit
 from edgeft.plugins import AdapterScale, Capability, LoadOptions, Runtime, Session, capabilities
 
 ASK: list[Message] = [{"role": "user", "content": "hi"}]
@@ -288,6 +289,50 @@ class RuntimeConformance:
         if subject.can("tokens"):
             assert str(session.context) in raised.value.message
         assert ask(session).usage.completion_tokens == 16
+
+    def test_an_answer_ends_with_the_context(self, subject: Subject, session: Session) -> None:
+        if not subject.can("tokens"):
+            return  # what ends it is a server's or an engine's own limit
+        before = ask(session).text
+        prompt = session.render([{"role": "user", "content": long_text(subject, session)}])
+        answer = Answer(list(session.generate(prompt, replace(_SOME, max_tokens=2 * session.context))))
+        used = answer.usage.prompt_tokens + answer.usage.completion_tokens
+        assert answer.usage.finish_reason == "length" and session.context <= used <= session.context + 1
+        assert ask(session).text == before
+
+    def test_a_chat_that_outgrows_the_context_loses_its_oldest_turns_when_asked_to(
+        self, subject: Subject, session: Session
+    ) -> None:
+        if not subject.can("raw"):
+            refused(UsageError, lambda: plugins.check_levers(subject.plugin, LoadOptions(overflow="truncate-oldest")))
+            return
+        chat: list[Message] = [{"role": "system", "content": "keep this"}]
+        while len(session.render(chat)) < 2 * session.context:
+            number = len(chat) // 2
+            chat += [{"role": "user", "content": f"<{number}> " + "some word " * 8}]
+            chat += [{"role": "assistant", "content": "hm"}]
+        chat += [{"role": "user", "content": "hi"}]
+        with pytest.raises(ModelError):
+            list(session.generate(fit(session, chat).prompt, _SOME))
+        fitted = fit(session, chat, "truncate-oldest", 16)
+        assert 0 < fitted.dropped < len(chat) - 2 and fitted.dropped % 2 == 0
+        assert fitted.prompt == session.render([chat[0], *chat[1 + fitted.dropped :]])
+        answer = Answer(list(session.generate(fitted.prompt, _SOME)))
+        assert (answer.usage.finish_reason, answer.usage.completion_tokens) == ("length", 16)
+
+    def test_what_a_runtime_does_not_do_with_its_cache_is_refused(self, subject: Subject) -> None:
+        kinds, guesses = getattr(subject.plugin, "kv_types", ()), getattr(subject.plugin, "lookup", False)
+        if "q8_0" not in kinds:
+            refused(UsageError, lambda: plugins.check_levers(subject.plugin, LoadOptions(kv_type="q8_0")))
+        if not guesses:
+            refused(UsageError, lambda: plugins.check_levers(subject.plugin, LoadOptions(lookup=True)))
+        levers = {"kv_type": "q8_0" if "q8_0" in kinds else None, "lookup": True if guesses else None}
+        with subject.open(subject.artifact) as plain:
+            before = ask(plain).text
+        if not any(levers.values()) or subject.artifact.address:
+            return
+        with subject.open(**levers) as other:
+            assert ask(other).text == before
 
     def test_an_empty_prompt_is_refused(self, session: Session) -> None:
         with pytest.raises(UsageError, match="empty"):

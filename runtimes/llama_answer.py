@@ -24,6 +24,11 @@ class Answer:
         """Prompt tokens that were in the cache."""
         self.reason: FinishReason | None = None
 
+    @property
+    def room(self) -> int:
+        """Tokens that it may still get."""
+        return self._most - self._produced
+
     def sampled(self, end: bool) -> bool:
         """There is a token; whether it is one of the answer, and not the model's own end."""
         self._last = time.perf_counter()

@@ -109,6 +109,8 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_free": (None, [c_void_p]),
     "llama_n_ctx": (c_uint32, [c_void_p]),
     "llama_model_n_ctx_train": (c_int32, [c_void_p]),
+    "llama_model_is_recurrent": (c_bool, [c_void_p]),
+    "llama_model_is_hybrid": (c_bool, [c_void_p]),
     **{f"llama_model_n_{what}": (c_int32, [c_void_p]) for what in ("layer", "embd", "head", "head_kv")},
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_model_meta_val_str": (c_int32, [c_void_p, c_char_p, c_char_p, c_size_t]),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 
 from edgeft.errors import ModelError
-from edgeft.plugins import LoadOptions
+from edgeft.plugins import Choice, KvType, LoadOptions
 
 from .amx import crashes_on_amx
 from .cores import available_cores, physical_cores
@@ -14,6 +15,8 @@ from .llama_api import Library
 from .memory import available_bytes
 
 DEFAULT_CONTEXT = 4096
+_KV: Mapping[KvType, tuple[int, float]] = {"f16": (1, 2.0), "q8_0": (8, 34 / 32)}
+"""Type of keys and values -> its number in ggml.h, bytes per value."""
 
 
 def metadata(library: Library, model: int, key: str) -> str:
@@ -39,16 +42,15 @@ def load_model(library: Library, path: Path, options: LoadOptions) -> int:
 
 def make_context(library: Library, model: int, options: LoadOptions, path: Path, flash_attention: bool) -> int:
     params = library.llama_context_default_params()
-    each = options.context or min(int(library.llama_model_n_ctx_train(model)), DEFAULT_CONTEXT)
-    whole = each * options.parallel
-    params.n_ctx, params.n_seq_max = whole, options.parallel
+    params.n_ctx, params.n_seq_max = _tokens(library, model, options), options.parallel
     params.n_batch = params.n_ubatch = options.batch
-    if not flash_attention:
+    params.type_k = params.type_v = _KV[options.kv_type or "f16"][0]
+    if not flash_attention and options.kv_type != "q8_0":  # only flash attention reads values that are quantized
         params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED; the default lets llama.cpp choose
     params.n_threads = options.threads or physical_cores()
     params.n_threads_batch = options.threads_batch or available_cores()
     try:
-        _check_memory(library, model, whole, path)
+        _check_memory(library, model, options, path)
     except ModelError:
         library.llama_model_free(model)
         raise
@@ -63,18 +65,47 @@ def make_context(library: Library, model: int, options: LoadOptions, path: Path,
     return int(context)
 
 
-def cache_bytes(library: Library, model: int, context: int) -> int:
-    """Of keys and values of every layer, two bytes each. Models with sliding windows or states take less."""
+def _tokens(library: Library, model: int, options: LoadOptions) -> int:
+    """Of all answers that are made at a time."""
+    each = options.context or min(int(library.llama_model_n_ctx_train(model)), DEFAULT_CONTEXT)
+    return each * options.parallel
+
+
+def cache_bytes(library: Library, model: int, context: int, kv_type: KvType | None = None) -> int:
+    """Of keys and values of every layer. Models with sliding windows or states take less."""
     layers, heads = library.llama_model_n_layer(model), library.llama_model_n_head(model)
     width = library.llama_model_n_embd(model) * library.llama_model_n_head_kv(model) // max(heads, 1)
-    return int(2 * 2 * layers * width * context)
+    return int(2 * _KV[kv_type or "f16"][1] * layers * width * context)
 
 
-def _check_memory(library: Library, model: int, context: int, path: Path) -> None:
+def _check_memory(library: Library, model: int, options: LoadOptions, path: Path) -> None:
     """Keys and values must fit; what else a context takes is small beside them."""
-    needed, available = cache_bytes(library, model, context), available_bytes()
+    context = _tokens(library, model, options)
+    needed, available = cache_bytes(library, model, context, options.kv_type), available_bytes()
     if available is not None and needed > available:
         raise ModelError(
             f"a context of {context} tokens for {path} takes {needed / 1e9:.1f} GB; {available / 1e9:.1f} GB are free",
             "Try a shorter --context, or fewer answers at a time.",
         )
+
+
+def llama_choices(library: Library, options: LoadOptions, flash_attention: bool) -> list[Choice]:
+    """What a context was made with, and why."""
+    quantized = options.kv_type == "q8_0"
+    flash = "only it reads quantized values" if quantized else "measured for this package: docs/runtimes.md"
+    repack = not crashes_on_amx(library.path)
+    return [
+        _chosen("threads", options.threads, physical_cores(), "one per physical core"),
+        _chosen("threads-batch", options.threads_batch, available_cores(), "all cores: a prompt is arithmetic"),
+        Choice("flash attention", "on" if flash_attention or quantized else "off", flash),
+        _chosen("kv-type", options.kv_type, "f16", "q8_0 is slower: docs/runtimes.md"),
+        _chosen("lookup", options.lookup, False, "slower where nothing repeats: docs/runtimes.md"),
+        Choice("mmap", "on" if options.use_mmap else "off", "the file's pages are shared and need no copy"),
+        Choice("repack", "on" if repack else "off", "faster prompts" if repack else "its AMX kernels crash here"),
+    ]
+
+
+def _chosen(name: str, asked: object, default: object, reason: str) -> Choice:
+    value = default if asked is None else asked
+    text = {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return Choice(name, text, reason if asked is None else "asked for")

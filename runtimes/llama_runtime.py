@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeft.artifact import Artifact
 from edgeft.errors import MissingDependency, ModelError, PluginError
-from edgeft.plugins import LoadOptions, Session, Support
+from edgeft.plugins import KvType, LoadOptions, Session, Support
 
 from .llama_api import open_library
 from .llama_session import LlamaSession
@@ -22,6 +22,8 @@ class LlamaRuntime:
     install: str
     flash_attention: bool = True
     """Whether the library's own choice, flash attention wherever it can, is the faster one."""
+    kv_types: Sequence[KvType] = ("f16", "q8_0")
+    lookup: bool = True
 
     def supports(self, artifact: Artifact) -> Support:
         if not artifact.path.is_file() or not _is_gguf(artifact.path):

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO
 
 from edgeft.artifact import Artifact
-from edgeft.errors import EdgeftError, MissingDependency, ModelError, Unreachable
-from edgeft.plugins import AdapterScale, LoadOptions, Session, Support
+from edgeft.errors import EdgeftError, MissingDependency, ModelError, Unreachable, UsageError
+from edgeft.plugins import AdapterScale, KvType, LoadOptions, Session, Support
 
 from .cores import available_cores, physical_cores
 from .llama_runtime import _is_gguf
@@ -45,6 +45,7 @@ def find_program() -> Path | None:
 @dataclass(frozen=True)
 class LlamaServerRuntime:
     name: str = "llama-server"
+    kv_types: Sequence[KvType] = ("f16", "q8_0")
     lacks: Mapping[str, str] = field(
         default_factory=lambda: {
             "tokens": "the server sends characters of several tokens as one",
@@ -67,6 +68,8 @@ class LlamaServerRuntime:
 
     def load(self, artifact: Artifact, options: LoadOptions) -> Session:
         if artifact.address:
+            if options.kv_type:
+                raise UsageError("a server that runs has its type of keys and values", "Leave out --kv-type.")
             endpoint = parse_endpoint(artifact.address.removesuffix("/v1"))
             return LlamaServerSession(ChatClient(endpoint), artifact.path, parallel=options.parallel)
         program = find_program()
@@ -131,6 +134,7 @@ class Child:
         }
         words = [str(word) for pair in values.items() for word in pair]
         words += [] if how.use_mmap else ["--no-mmap"]
+        words += ["--cache-type-k", how.kv_type, "--cache-type-v", how.kv_type] if how.kv_type else []
         return words + [word for one in adapters for word in ("--lora-scaled", f"{one.path}:{one.scale}")]
 
     def _wait(self) -> None:

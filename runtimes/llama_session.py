@@ -20,9 +20,10 @@ from edgeft.plugins import AdapterScale, LoadOptions
 from .json_grammar import schema_to_grammar
 from .llama_answer import Answer, Logprobs
 from .llama_api import Batch, Library, SamplerChainParams, Token, abort_function, scored_batch
-from .llama_load import cache_bytes, load_model, make_context, metadata
+from .llama_load import cache_bytes, llama_choices, load_model, make_context, metadata
 from .llama_prompt_state import PromptState
 from .llama_state import common, fingerprint
+from .prompt_lookup import PromptLookup
 from .sampler import log_softmax
 from .session_base import ClosingSession, check_score
 
@@ -55,9 +56,10 @@ class LlamaSession(ClosingSession):
         self._ctx = make_context(library, self._model, options, path, flash_attention)
         self._memory = library.llama_get_memory(self._ctx)
         self.context = int(library.llama_n_ctx(self._ctx)) // options.parallel
-        self.cache_bytes = cache_bytes(library, self._model, self.context) * options.parallel
+        self.cache_bytes = cache_bytes(library, self._model, self.context, options.kv_type) * options.parallel
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocab))
-        self._batch = options.batch
+        self._batch, self._guesses = options.batch, self._can_guess(options)
+        self.choices = llama_choices(library, options, flash_attention)
         self._state = PromptState(options.state, self._about(options, flash_attention) if options.state else {})
 
     def close(self) -> None:
@@ -87,7 +89,18 @@ class LlamaSession(ClosingSession):
             "context": self.context,
             "batch": options.batch,
             "flash attention": flash_attention,
+            "kv type": options.kv_type,
         }
+
+    def _can_guess(self, options: LoadOptions) -> bool:
+        lib = self._lib
+        remembers = not lib.llama_model_is_recurrent(self._model) and not lib.llama_model_is_hybrid(self._model)
+        if options.lookup and not remembers:
+            self.close()
+            raise UsageError(
+                f"{self._path} has recurrent layers, which cannot take back a wrong guess", "Leave out --lookup."
+            )
+        return bool(options.lookup)
 
     def _context(self) -> int:
         assert self._ctx is not None
@@ -206,17 +219,31 @@ class LlamaSession(ClosingSession):
         ready = not cancel and self._prefill_keeping(prompt, answer.reused)
         one = (Token * 1)()
         batch = Batch(n_tokens=1, token=one)
+        lookup = PromptLookup(prompt) if self._guesses else None
+        guessed: TokenIds = []
+        row = -1  # of the last batch's outputs: of a prompt the last, of a batch with guesses one per token
+        here = len(prompt)  # tokens that are known to be right
         while ready and not cancel:
-            token = self._lib.llama_sampler_sample(sampler, self._ctx, -1)
+            token = self._lib.llama_sampler_sample(sampler, self._ctx, row)
             if not answer.sampled(self._lib.llama_vocab_is_eog(self._vocab, token)):
                 break
-            logprobs = self._logprobs(token, sampling.top_logprobs)
-            yield answer.add(token, self._piece(token), logprobs, len(self._cached) >= self.context)
+            logprobs = self._logprobs(token, sampling.top_logprobs, row)
+            yield answer.add(token, self._piece(token), logprobs, here >= self.context)
             self._check_turn(turn)
             if answer.reason:
                 break
-            one[0] = token
-            ready = self._decode(batch, [token])
+            here += 1
+            if lookup is None:
+                one[0] = token
+                ready = self._decode(batch, [token])
+                continue
+            lookup.extend([token])
+            if guessed and guessed[0] == token:
+                guessed, row = guessed[1:], row + 1
+                continue
+            self._take_back(here - 1)
+            guessed = lookup.guess(min(answer.room - 1, self.context - here, self._batch - 1))
+            ready, row = self._decode(scored_batch([token, *guessed], here - 1), [token, *guessed]), 0
         yield answer.last()
 
     def _check_turn(self, turn: int) -> None:
@@ -239,6 +266,12 @@ class LlamaSession(ClosingSession):
             shared = 0
         self._cached = self._cached[:shared]
         return shared
+
+    def _take_back(self, length: int) -> None:
+        """Forget what was computed for guesses that came out wrong."""
+        if length < len(self._cached):
+            self._lib.llama_memory_seq_rm(self._memory, 0, length, -1)
+            self._cached = self._cached[:length]
 
     def _begin(self, prompt: TokenIds) -> int:
         """How many tokens of the prompt need not be computed: they are cached, or their state is on the disk."""

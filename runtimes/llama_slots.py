@@ -109,6 +109,8 @@ class LlamaSlots(LlamaSession):
     def __init__(self, library: Library, path: Path, options: LoadOptions, flash_attention: bool = True) -> None:
         if options.parallel > options.batch:
             raise UsageError(f"{options.parallel} answers at a time do not fit a batch of {options.batch} tokens")
+        if options.lookup:
+            raise UsageError("prompt lookup guesses for one answer at a time only", "Leave out --lookup or --parallel.")
         if options.state is not None:
             raise UsageError("states of system prompts are kept for one answer at a time only")
         super().__init__(library, path, options, flash_attention)

@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +42,22 @@ def smollm2_gguf(cache: Path) -> Path:
 def smollm2_hf(cache: Path, smollm2_gguf: Path) -> Path:
     """The same model imported into a Hugging Face directory (bfloat16)."""
     return _resolved(cache, "hf")
+
+
+@pytest.fixture(scope="session")
+def toolchain_home(cache: Path) -> Path:
+    """Where toolchains of tests are: `EDGEFT_HOME=.cache/toolchain-home edgeft toolchain install litert`."""
+    return cache / "toolchain-home"
+
+
+@pytest.fixture(scope="session")
+def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that is started as llama-server is."""
+    pytest.importorskip("xllamacpp")
+    program = tmp_path_factory.mktemp("bin") / "llama-server"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "llama_server_program.py"} "$@"\n')
+    program.chmod(0o755)
+    return program
 
 
 def _resolved(cache: Path, want: Literal["hf", "gguf"]) -> Path:

@@ -11,6 +11,8 @@ for flag in ("model", "host"):
     parser.add_argument(f"--{flag}")
 for flag in ("port", "ctx-size", "threads", "threads-batch", "batch-size", "ubatch-size", "parallel"):
     parser.add_argument(f"--{flag}", type=int)
+for flag in ("cache-type-k", "cache-type-v"):
+    parser.add_argument(f"--{flag}", choices=("f16", "q8_0"), default="f16")
 parser.add_argument("--no-mmap", action="store_true")
 parser.add_argument("--lora-scaled", action="append", default=[])
 asked = parser.parse_args()
@@ -25,6 +27,8 @@ params.cpuparams_batch.n_threads = asked.threads_batch
 params.n_batch = asked.batch_size
 params.n_ubatch = asked.ubatch_size
 params.n_parallel = asked.parallel
+kinds = {"f16": xllamacpp.ggml_type.GGML_TYPE_F16, "q8_0": xllamacpp.ggml_type.GGML_TYPE_Q8_0}
+params.cache_type_k, params.cache_type_v = kinds[asked.cache_type_k], kinds[asked.cache_type_v]
 params.endpoint_props = True
 if key := os.environ.get("LLAMA_API_KEY"):
     params.api_keys = [key]

@@ -7,7 +7,6 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,6 @@ from edgeft.plugins import AdapterScale, Session
 from edgeft.testing import ASK, RuntimeConformance, Subject, ask
 
 Models = dict[str, Path]
-
-
-@pytest.fixture(scope="module")
-def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program that is started as llama-server is."""
-    pytest.importorskip("xllamacpp")
-    program = tmp_path_factory.mktemp("bin") / "llama-server"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "llama_server_program.py"} "$@"\n')
-    program.chmod(0o755)
-    return program
 
 
 @contextlib.contextmanager

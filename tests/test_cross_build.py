@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import tarfile
@@ -22,6 +23,7 @@ from edgeft.errors import EdgeftError, MissingDependency, ModelError, UsageError
 from edgeft.package import build, cross_build, kernels, runtime, target, wheels
 
 needs_compiler = pytest.mark.skipif(bool(cross_build.missing_tools()), reason="no cross compiler for aarch64")
+EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 PI5 = Target("rpi5-8g", "aarch64", "3.13", "2.41")
 DOTPROD = "armv8.2-a+dotprod"
 
@@ -65,6 +67,25 @@ def test_the_assembler_s_instructions_are_counted_and_no_others(tmp_path: Path) 
     for name in ASSEMBLY.values():
         wanted[name] += 3
     assert kernels.scan(tmp_path / "x.o") == wanted
+
+
+@needs_compiler
+@pytest.mark.skipif(EMULATOR is None, reason="qemu-user-static")
+@pytest.mark.parametrize(("processor", "ends"), [("cortex-a76", 0), ("cortex-a72", -signal.SIGILL)])
+def test_what_is_counted_ends_a_program_on_a_processor_without_it(
+    processor: str, ends: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the bundle's test under emulation rests on: a Raspberry Pi 4's processor is emulated without dot products,
+    and a program is stopped by the first one."""
+    lines = (".arch armv8.2-a+dotprod", ".globl _start", "_start:", "sdot v1.4s, v2.16b, v3.16b")
+    leave = ("mov x0, 0", "mov x8, 93", "svc 0", "")  # exit(0)
+    (tmp_path / "x.s").write_text("\n".join([*lines, *leave]))
+    subprocess.run(["aarch64-linux-gnu-as", "-o", tmp_path / "x.o", tmp_path / "x.s"], check=True)
+    subprocess.run(["aarch64-linux-gnu-ld", "-o", tmp_path / "x", tmp_path / "x.o"], check=True)
+    assert kernels.scan(tmp_path / "x")["sdot"] == 1
+    monkeypatch.chdir(tmp_path)  # where a core file would go
+    assert EMULATOR is not None
+    assert subprocess.run([EMULATOR, "-cpu", processor, tmp_path / "x"], check=False).returncode == ends
 
 
 def elf(words: list[int], machine: int = 183) -> bytes:

@@ -1,20 +1,22 @@
-"""One prompt, five engines, one answer: from unquantized files, every runtime says what transformers says."""
+"""One prompt, every engine, one answer: from unquantized files, all runtimes say what transformers says."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import serving
+from test_mobile import need
 
 from edgeft import plugins
 from edgeft.artifact import Artifact
 from edgeft.chat import Sampling
 from edgeft.cli.main import main
-from edgeft.plugins import LoadOptions
+from edgeft.plugins import LoadOptions, Support, capabilities
 
 pytestmark = pytest.mark.model
 
@@ -22,6 +24,8 @@ REQUIRED = os.environ.get("EDGEFT_TEST_REQUIRE", "").split(",")
 
 LENGTH = 16
 """Tokens of every answer that are compared."""
+
+SUFFIXES = {"litert-fp32": ".litertlm"}
 
 PROMPTS = (
     "What is the capital of France?",
@@ -34,7 +38,11 @@ RUNTIMES = {
     "llama-cpp-python": "gguf-f16",
     "onnxruntime-genai": "onnx-fp32",
     "onnxruntime": "onnx-fp32",
+    "transformers": "hf",
+    "llama-server": "gguf-f16",
 }
+ON_PHONES = {"litert": "litert-fp32", "litert-lm": "litert-fp32", "executorch": "executorch-fp32"}
+"""Their toolchains are of several GB, and their exports take minutes."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,10 @@ def artifacts(smollm2_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     folder = tmp_path_factory.mktemp("unquantized")
 
     def exported(target: str) -> Path:
-        out = folder / target
+        out = smollm2_hf if target == "hf" else folder / (target + SUFFIXES.get(target, ""))
         if not out.exists():
-            assert main(["export", str(smollm2_hf), "--to", target, "--out", str(out), "--no-verify"]) == 0
+            unverified = [] if target in ON_PHONES.values() else ["--no-verify"]
+            assert main(["export", str(smollm2_hf), "--to", target, "--out", str(out), *unverified]) == 0
         return out
 
     yield exported
@@ -79,19 +88,55 @@ def artifacts(smollm2_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_every_runtime_says_what_transformers_says(
-    runtime: str, artifacts: Any, transformers_says: dict[str, Said]
+    runtime: str,
+    artifacts: Any,
+    transformers_says: dict[str, Said],
+    llama_server: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("EDGEFT_LLAMA_SERVER", str(llama_server))
+    says_the_same(runtime, lambda: Artifact(artifacts(RUNTIMES[runtime])), transformers_says)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ON_PHONES)
+def test_engines_of_phones_say_what_transformers_says(
+    runtime: str,
+    artifacts: Any,
+    transformers_says: dict[str, Said],
+    toolchain_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = ON_PHONES[runtime]
+    need(target.partition("-")[0], toolchain_home)
+    monkeypatch.setenv("EDGEFT_HOME", str(toolchain_home))
+    says_the_same(runtime, lambda: Artifact(artifacts(target)), transformers_says)
+
+
+def test_an_endpoint_says_what_transformers_says(
+    artifacts: Any, transformers_says: dict[str, Said], tmp_path: Path
+) -> None:
+    """The protocol twice: edgeft's server and edgeft's client."""
+    with serving(tmp_path, str(artifacts("gguf-f16")), "--context", "512", "--no-log") as server:
+        endpoint = Artifact(Path("gguf-f16"), address=f"{server.url}/v1")
+        says_the_same("openai", lambda: endpoint, transformers_says)
+
+
+def says_the_same(runtime: str, artifact: Callable[[], Artifact], expected: dict[str, Said]) -> None:
     found = plugins.load("runtimes", runtime)
-    if not found.ready().ok and runtime not in REQUIRED:
-        pytest.skip(found.ready().reason)
-    with found.load(Artifact(artifacts(RUNTIMES[runtime])), LoadOptions(context=512)) as session:
-        for prompt, expected in transformers_says.items():
+    ready = found.ready() if hasattr(found, "ready") else Support(True)
+    if not ready.ok and runtime not in REQUIRED:
+        pytest.skip(ready.reason)
+    counted = "tokens" in capabilities(found)
+    with found.load(artifact(), LoadOptions(context=512)) as session:
+        for prompt, said in expected.items():
             ids = session.render([{"role": "user", "content": prompt}])
-            assert ids == expected.prompt
             deltas = list(session.generate(ids, Sampling(max_tokens=LENGTH)))
-            text = "".join(delta.text for delta in deltas)
-            made = [delta.token for delta in deltas if delta.token is not None]
-            assert (made, text) == (expected.answer, expected.text), prompt
+            assert "".join(delta.text for delta in deltas) == said.text, prompt
+            assert deltas[-1].usage is not None and deltas[-1].usage.prompt_tokens == len(said.prompt)
+            if counted:
+                assert ids == said.prompt
+                assert [delta.token for delta in deltas if delta.token is not None] == said.answer, prompt
 
 
 def test_the_answers_are_long_enough_to_tell(transformers_says: dict[str, Said]) -> None:

@@ -19,12 +19,6 @@ from edgeft.testing import RuntimeConformance, Subject
 Models = dict[str, Path]
 
 
-@pytest.fixture(scope="module")
-def toolchain_home(cache: Path) -> Path:
-    """Where toolchains of tests are: `EDGEFT_HOME=.cache/toolchain-home edgeft toolchain install litert`."""
-    return cache / "toolchain-home"
-
-
 def need(name: str, home: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGEFT_HOME", str(home))

@@ -7,19 +7,20 @@ and a model of random weights has near ties.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edgeft.runtimes.llama_session import LlamaSession
 from edgeft.runtimes.llama_state import StateFolder
-from tiny_gguf import write_random
+from tiny_gguf import write_adapter, write_random
 
 from edgeft import plugins
 from edgeft.artifact import Artifact
 from edgeft.chat import Sampling, Usage
 from edgeft.cli.main import main
-from edgeft.plugins import LoadOptions
+from edgeft.plugins import AdapterScale, LoadOptions
 
 SYSTEM = "You switch lights, heaters and fans. Answer with one JSON object and nothing else."
 Ask = Callable[..., tuple[str, Usage, list[str]]]
@@ -38,11 +39,16 @@ def ask(request: pytest.FixtureRequest) -> Iterator[Ask]:
         pytest.skip(runtime.ready().reason)
 
     def ask_(
-        model: Path, state: Path | None, question: str = "on?", system: str = SYSTEM
+        model: Path,
+        state: Path | None,
+        question: str = "on?",
+        system: str = SYSTEM,
+        adapters: Sequence[AdapterScale] = (),
     ) -> tuple[str, Usage, list[str]]:
         options = LoadOptions(context=512, threads=1, threads_batch=1, state=state)
         with runtime.load(Artifact(model), options) as session:
             assert isinstance(session, LlamaSession)
+            session.set_adapters(adapters)
             messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
             deltas = list(session.generate(session.render(messages), Sampling(max_tokens=5)))
             usage = deltas[-1].usage
@@ -119,6 +125,73 @@ def test_the_file_of_a_model_that_changed_is_another(ask: Ask, model: Path, tmp_
     text, usage, _ = ask(copy, tmp_path / "states")
     assert usage.reused_tokens == 0
     assert text == ask(copy, None)[0]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two that change values, so that a state made with one gives another's text away."""
+    folder = tmp_path_factory.mktemp("adapters")
+    paths = []
+    for seed in (1, 2):
+        random = np.random.default_rng(seed)
+        a, b = (random.standard_normal(shape).astype(np.float32) for shape in ((4, 64), (32, 4)))
+        paths.append(write_adapter(folder / f"{seed}.gguf", "blk.0.attn_v.weight", a, b, alpha=8))
+    return paths[0], paths[1]
+
+
+def test_a_state_made_with_an_adapter_is_that_adapters_alone(
+    ask: Ask, model: Path, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    one, other = adapters
+    worn: list[list[AdapterScale]] = [
+        [AdapterScale(one)],
+        [],
+        [AdapterScale(other)],
+        [AdapterScale(one, 0.5)],
+        [AdapterScale(one), AdapterScale(other)],
+    ]
+    texts = []
+    for kinds, how in enumerate(worn, start=1):
+        text, usage, notes = ask(model, tmp_path / "states", adapters=how)
+        assert usage.reused_tokens == 0 and not notes, how
+        assert len(list((tmp_path / "states").iterdir())) == kinds
+        assert text == ask(model, None, adapters=how)[0]
+        texts.append(text)
+    assert len(set(texts)) > 1
+    for how, text in zip(worn, texts, strict=True):
+        again, usage, _ = ask(model, tmp_path / "states", adapters=how)
+        assert usage.reused_tokens > len(SYSTEM) and again == text
+
+
+def test_an_adapter_that_was_trained_on_has_a_state_of_its_own(
+    ask: Ask, model: Path, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copy(adapters[0], tmp_path / "adapter.gguf"))
+    ask(model, tmp_path / "states", adapters=[AdapterScale(adapter)])
+    shutil.copy(adapters[1], adapter)
+    text, usage, _ = ask(model, tmp_path / "states", adapters=[AdapterScale(adapter)])
+    assert usage.reused_tokens == 0
+    assert text == ask(model, None, adapters=[AdapterScale(adapters[1])])[0]
+
+
+def test_a_state_copied_over_another_adapters_is_refused(
+    ask: Ask, model: Path, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    ask(model, tmp_path / "worn", adapters=[AdapterScale(adapters[0])])
+    ask(model, tmp_path / "bare")
+    shutil.copy(only(tmp_path / "worn"), only(tmp_path / "bare"))
+    text, usage, notes = ask(model, tmp_path / "bare")
+    assert usage.reused_tokens == 0 and "another model" in notes[0]
+    assert text == ask(model, None)[0]
+
+
+def test_another_template_has_a_state_of_its_own(ask: Ask, model: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "model.gguf"
+    changed.write_bytes(model.read_bytes().replace(b"<|im_start|>assistant\n{%", b"<|im_start|>assistans\n{%"))
+    assert changed.read_bytes() != model.read_bytes()
+    ask(model, tmp_path / "states")
+    assert ask(changed, tmp_path / "states")[1].reused_tokens == 0
+    assert len(list((tmp_path / "states").iterdir())) == 2
 
 
 def test_another_system_prompt_has_a_state_of_its_own(ask: Ask, model: Path, tmp_path: Path) -> None:

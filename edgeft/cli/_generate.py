@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edgeft import config, paths
-from edgeft.chat import Cancel, Delta, Sampling, TokenIds
+from edgeft.chat import Cancel, Delta, Message, Sampling, TokenIds
 from edgeft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -104,15 +104,28 @@ def _open_cascade(reference: str, adapters: list[AdapterScale]) -> Opened:
 
 
 def explain(opened: Opened) -> None:
-    """Say on stderr how the last answer of a cascade came about."""
+    """Say on stderr how the last answer of a cascade came about, or with what settings a model runs and why."""
     import json
 
     from edgeft.cli._output import note
 
     record = getattr(opened.session, "record", None)
-    if record is None:
-        raise UsageError("--explain is for cascades", "Give a cascade.toml as the model.")
-    note(json.dumps(record.as_dict(), indent=2, ensure_ascii=False))
+    if record is not None:
+        note(json.dumps(record.as_dict(), indent=2, ensure_ascii=False))
+        return
+    for choice in opened.choices:
+        note(f"{choice.name}: {choice.value} ({choice.reason})")
+
+
+def fitted(opened: Opened, messages: Sequence[Message], answer: int) -> TokenIds:
+    """The prompt of a conversation; what was left out is said on stderr."""
+    from edgeft.cli._output import note
+    from edgeft.overflow import fit
+
+    found = fit(opened.session, messages, opened.overflow, answer)
+    if found.note:
+        note(found.note)
+    return found.prompt
 
 
 def show_notes(session: Session) -> None:
@@ -123,6 +136,15 @@ def show_notes(session: Session) -> None:
         note(text)
 
 
+def levers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that trade speed, memory and text, as arguments of `LoadOptions`."""
+    return {
+        "kv_type": None if values["kv-type"] == "auto" else values["kv-type"],
+        "lookup": {"auto": None, "on": True, "off": False}[values["lookup"]],
+        "overflow": values["overflow"],
+    }
+
+
 def _load_options(values: Mapping[str, Any]) -> LoadOptions:
     from edgeft.plugins import LoadOptions
 
@@ -130,6 +152,7 @@ def _load_options(values: Mapping[str, Any]) -> LoadOptions:
         context=values["context"] or None,
         threads=values["threads"] or None,
         threads_batch=values["threads-batch"] or None,
+        **levers(values),
         state=paths.states_dir() if values["state"] == "on" else None,
     )
 

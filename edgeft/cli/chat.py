@@ -18,6 +18,7 @@ from edgeft.chat import Sampling, TokenIds, Usage
 from edgeft.cli._generate import (
     adapter_option,
     explain,
+    fitted,
     open_model,
     parse_adapter,
     run_options,
@@ -66,7 +67,12 @@ Examples:
 @click.option("--resume", is_flag=False, flag_value=LATEST, metavar="[ID]", help="Go on with a stored conversation.")
 @click.option("--list", "list_only", is_flag=True, help="Show stored conversations.")
 @click.option("--search", metavar="WORDS", help="Show stored messages with these words.")
-@click.option("--explain", "explaining", is_flag=True, help="Say how an answer of a cascade came about.")
+@click.option(
+    "--explain",
+    "explaining",
+    is_flag=True,
+    help="Say with what settings a model runs and why, or how a cascade answered.",
+)
 @click.option("--no-history", is_flag=True, help="Store nothing.")
 @click.option("--screen", is_flag=True, help="On the whole screen; as in edgeft tui.")
 @run_options
@@ -281,7 +287,7 @@ class _Chat:
         conversation = self.conversation
         how = dataclasses.replace(self.sampling, seed=self.sampling.seed + self.retries)
         try:
-            text, usage = self._generate(self.opened.session.render(conversation.prompt()), how)
+            text, usage = self._generate(fitted(self.opened, conversation.prompt(), how.max_tokens), how)
         except EdgeftError:
             # Left in, a message that cannot be answered would stand before every later one.
             if conversation.messages[-1].role == "user" or not conversation.messages[-1].content:

@@ -48,7 +48,12 @@ Examples:
 @click.option("--json-schema", "schema_file", type=click.Path(path_type=Path), help="Answer with JSON that validates.")
 @adapter_option
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
-@click.option("--explain", "explaining", is_flag=True, help="Say how an answer of a cascade came about.")
+@click.option(
+    "--explain",
+    "explaining",
+    is_flag=True,
+    help="Say with what settings a model runs and why, or how a cascade answered.",
+)
 @click.option("--logprobs", type=click.IntRange(0, 100), default=0, help="Alternatives per token, in --json.")
 @run_options
 @json_option

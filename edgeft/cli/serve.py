@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeft.cli._generate import parse_adapter, run_options, sampling, settings
+from edgeft.cli._generate import levers, parse_adapter, run_options, sampling, settings
 from edgeft.cli._output import dry_run_option, note, print_json
 from edgeft.errors import UsageError, require
 from edgeft.paths import home
@@ -120,7 +120,7 @@ def _specs(models: Sequence[str], adapters: Sequence[str], values: dict[str, Any
         model, name, adapter = _adapter(text, list(references))
         by_model[model][name] = adapter
     names = ("context", "threads", "threads-batch", "parallel")
-    load = {name.replace("-", "_"): values[name] or None for name in names}
+    load = {**{name.replace("-", "_"): values[name] or None for name in names}, **levers(values)}
     return tuple(
         (name, Spec(reference, str(values["runtime"]), load, by_model[name])) for name, reference in references.items()
     )

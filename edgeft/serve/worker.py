@@ -29,7 +29,8 @@ from typing import IO, Any, Protocol
 from edgeft.artifact import Artifact, read_manifest
 from edgeft.chat import Cancel, Delta, TokenIds, Usage
 from edgeft.errors import EdgeftError, UsageError, require
-from edgeft.plugins import AdapterScale, LoadOptions, Session, streams
+from edgeft.overflow import fit
+from edgeft.plugins import AdapterScale, LoadOptions, Overflow, Session, streams
 from edgeft.request_log import deferral_of
 from edgeft.serve.wardrobe import Wardrobe
 from edgeft.serve.work import Loaded, Origin, Work
@@ -113,7 +114,7 @@ class SessionModel:
     def __init__(self, asked: Mapping[str, Any]) -> None:
         self._adapters = {name: AdapterScale(Path(path), scale) for name, (path, scale) in asked["adapters"].items()}
         opened = self._open(asked)
-        self._session, self._bundled = opened.session, opened.adapters
+        self._session, self._bundled, self._overflow = opened.session, opened.adapters, opened.overflow
         self._wardrobe = Wardrobe(self._put_on)
         self.steady = not opened.artifact.address
         self.loaded = self._described(opened)
@@ -123,7 +124,7 @@ class SessionModel:
 
     def steps(self, work: Work, cancel: Cancel) -> Iterator[dict[str, Any]]:
         with self._wardrobe.wearing(work.adapter, cancel):
-            for delta in self._session.generate(_prompt(self._session, work), work.sampling, cancel):
+            for delta in self._session.generate(_prompt(self._session, work, self._overflow), work.sampling, cancel):
                 yield _step(self._session, delta)
 
     def _open(self, asked: Mapping[str, Any]) -> Opened:
@@ -218,13 +219,14 @@ class _Refused(EdgeftError):
     """A request at fault: the client's error, not the server's."""
 
 
-def _prompt(session: Session, work: Work) -> TokenIds:
+def _prompt(session: Session, work: Work, overflow: Overflow) -> TokenIds:
     """Raises: _Refused when the template cannot render the messages, or the context is too short for them."""
     try:
         if work.prompt is not None:
             prompt = session.tokenize(work.prompt, special=True, bos=True)
         else:
-            prompt = session.render(work.messages, list(work.tools) or None)
+            tools = list(work.tools) or None
+            prompt = fit(session, work.messages, overflow, work.sampling.max_tokens, tools).prompt
     except EdgeftError as error:
         raise _Refused(error.message, error.hint) from error
     if len(prompt) >= session.context:

@@ -1,0 +1,219 @@
+"""What the levers of a runtime cost and give: type of keys and values, prompt lookup, what to do when a chat is full.
+
+    python benchmarks/levers.py [--json] [--model FILE] [--rounds 3] [--threads 1] [--runtime NAME,…]
+
+Every figure is the median over rounds (quartiles in brackets) of the ratio to the default within the same round: both
+sides are loaded at once and take turns, so that noise on a shared machine hits both. Above 1 is faster than the
+default.
+
+* Keys and values in q8_0 against f16: prefill of a prompt, decoding after a short and after a long one, the bytes of
+  one token's keys and values as llama.cpp reports them, and the mean KL divergence over a text.
+* Prompt lookup against none, by kind of task; an answer counts as the same when the texts are equal.
+* A chat that outgrew its context, turn by turn: how long the first token takes when as few turns as possible are left
+  out, against leaving out half.
+
+Needs the `device` extra and llama-cpp-python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeft import overflow, plugins
+from edgeft.artifact import Artifact
+from edgeft.chat import Message, Sampling, Usage
+from edgeft.models import resolve
+from edgeft.plugins import LoadOptions, Session
+
+RUNTIMES = ("llama-cpp-python", "xllamacpp")
+SHORT, LONG = 64, 1000
+TOKENS = 48
+FILLER = "the lamp in the hall is on and the door is shut, "
+NOTES = "The meeting with Ms Okonkwo-Lindqvist is on 14 March 2026 at 09:45 in room B-217; the budget is 48,250 euros."
+RECORD = '{"name": "Okonkwo-Lindqvist", "date": "2026-03-14", "time": "09:45", "room": "B-217", "budget": 48250}'
+TASKS: dict[str, tuple[str, ...]] = {
+    "repeat what was given": (
+        f"Repeat this text word for word: {NOTES}",
+        f"Copy this record: {RECORD}",
+        f"Write this sentence twice: {NOTES}",
+        f"Correct the spelling and give back the whole text: {NOTES.replace('meeting', 'meetign')}",
+    ),
+    "write something new": (
+        "Write a short story about the sea.",
+        "Explain what a compiler does.",
+        "What is the capital of France, and what is it known for?",
+        "Give me five ideas for a birthday present.",
+    ),
+}
+TURNS = 24
+CHAT_CONTEXT = 512
+
+
+def load(runtime: str, file: Path, threads: int, **more: Any) -> Session:
+    options = LoadOptions(**{"context": 2048, "threads": threads, "threads_batch": threads, **more})
+    loaded: Session = plugins.load("runtimes", runtime).load(Artifact(file), options)
+    return loaded
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": round(middle, 3), "q1": round(low, 3), "q3": round(high, 3)}
+
+
+def ask(session: Session, prompt: list[int], tokens: int) -> tuple[str, Usage]:
+    deltas = list(session.generate(prompt, Sampling(max_tokens=tokens)))
+    usage = deltas[-1].usage
+    assert usage is not None
+    return "".join(delta.text for delta in deltas), usage
+
+
+def forget(session: Session) -> None:
+    ask(session, session.tokenize("forget"), 1)
+
+
+def _filled(session: Session, tokens: int) -> list[int]:
+    return (session.tokenize(FILLER) * (tokens // 8))[:tokens]
+
+
+def kv_types(runtime: str, file: Path, rounds: int, threads: int) -> dict[str, Any]:
+    with load(runtime, file, threads) as plain, load(runtime, file, threads, kv_type="q8_0") as small:
+        text = plain.tokenize(Path(__file__).read_text(encoding="utf-8"))[:1024]
+        ours, theirs = (session.score(text, 512) for session in (small, plain))
+        found: dict[str, Any] = {
+            "bytes_f16": state_bytes(plain) // len(text),
+            "bytes_q8_0": state_bytes(small) // len(text),
+            "kl": float(np.mean(np.sum(np.exp(theirs) * (theirs - ours), axis=1, dtype=np.float64))),
+            "same_first": float(np.mean(theirs.argmax(1) == ours.argmax(1))),
+        }
+        for size in (SHORT, LONG):
+            costs = []
+            for _ in range(rounds + 1):
+                pair = []
+                for session in (plain, small):
+                    forget(session)
+                    pair.append(ask(session, _filled(session, size), TOKENS)[1])
+                costs.append(pair)
+            costs = costs[1:]
+            found[f"prefill_{size}"] = spread([mine.ttft_s / other.ttft_s for mine, other in costs])
+            found[f"decode_{size}"] = spread(
+                [other.decode_tokens_per_s / mine.decode_tokens_per_s for mine, other in costs]
+            )
+    return found
+
+
+def state_bytes(session: Any) -> int:
+    """Bytes of the cached sequence, by llama.cpp's own count."""
+    return int(session._lib.llama_state_seq_get_size(session._ctx, 0))
+
+
+def lookup(runtime: str, file: Path, rounds: int, threads: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with load(runtime, file, threads) as plain, load(runtime, file, threads, lookup=True) as guessing:
+        for kind, questions in TASKS.items():
+            same, ratios = 0, []
+            for at in range(rounds):
+                spent = []
+                for session in (plain, guessing):
+                    said, seconds = [], 0.0
+                    for question in questions:
+                        prompt = session.render([{"role": "user", "content": question}])
+                        text, usage = ask(session, prompt, 2 * TOKENS)
+                        said.append(text)
+                        seconds += usage.decode_s
+                    spent.append((seconds, said))
+                (slow, before), (fast, after) = spent
+                if at == 0:
+                    same = sum(one == other for one, other in zip(before, after, strict=True))
+                ratios.append(slow / fast)
+            found[kind] = {"speed": spread(ratios), "same": same, "of": len(questions)}
+    return found
+
+
+def full_chat(runtime: str, file: Path, rounds: int, threads: int) -> dict[str, Any]:
+    """Mean seconds to the first token over the turns of a chat that is full, for both ways to cut."""
+    kept = {"as few as possible": 1.0, "half": overflow.KEPT}
+    spent: dict[str, list[float]] = {name: [] for name in kept}
+    with load(runtime, file, threads, context=CHAT_CONTEXT) as session:
+        for _ in range(rounds):
+            for name, share in kept.items():
+                overflow.KEPT = share
+                forget(session)
+                spent[name].append(_chat(session))
+    ratios = [few / half for few, half in zip(*spent.values(), strict=True)]
+    medians = {name: round(statistics.median(values) * 1000) for name, values in spent.items()}
+    return {"ms": medians, "speed": spread(ratios)}
+
+
+def _chat(session: Session) -> float:
+    messages: list[Message] = [{"role": "system", "content": "You answer in one short sentence. " * 4}]
+    waited = []
+    for turn in range(TURNS):
+        messages.append({"role": "user", "content": f"Turn {turn}: {FILLER * 3}"})
+        fitted = overflow.fit(session, messages, "truncate-oldest", 16)
+        text, usage = ask(session, fitted.prompt, 4)
+        messages.append({"role": "assistant", "content": text})
+        if fitted.dropped:
+            waited.append(usage.ttft_s)
+    return statistics.fmean(waited)
+
+
+def shown(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f})"
+
+
+def table(figures: dict[str, Any]) -> str:
+    runtimes = [name for name in RUNTIMES if name in figures]
+    lines = [f"{platform.machine()}, {figures['threads']} thread, Python {platform.python_version()}", ""]
+    lines += [
+        "| keys and values in q8_0 | bytes per token | KL, nats | same first choice | prefill 64 | prefill 1,000 |"
+        " decode after 64 | decode after 1,000 |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for runtime in runtimes:
+        one = figures[runtime]["kv"]
+        ratios = (shown(one[f"{phase}_{size}"]) for phase in ("prefill", "decode") for size in (SHORT, LONG))
+        cells = (f"{one['bytes_q8_0']:,} for {one['bytes_f16']:,}", f"{one['kl']:.5f}", f"{one['same_first']:.1%}")
+        lines.append(f"| {runtime} | " + " | ".join([*cells, *ratios]) + " |")
+    lines += ["", "| prompt lookup | task | speed | same text |", "|---|---|--:|--:|"]
+    for runtime in runtimes:
+        for kind, one in figures[runtime]["lookup"].items():
+            lines.append(f"| {runtime} | {kind} | {shown(one['speed'])} | {one['same']} of {one['of']} |")
+    lines += ["", "| full chat | first token, few turns left out | half left out | ratio |", "|---|--:|--:|--:|"]
+    for runtime in runtimes:
+        one = figures[runtime]["chat"]
+        few, half = one["ms"].values()
+        lines.append(f"| {runtime} | {few:,} ms | {half:,} ms | {shown(one['speed'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one object")
+    parser.add_argument("--model", default="smollm2-135m", help="a GGUF file or the name of one")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runtime", default=",".join(RUNTIMES), help="with commas")
+    arguments = parser.parse_args()
+    file = resolve(arguments.model, want="gguf").path
+    how = (arguments.rounds, arguments.threads)
+    figures: dict[str, Any] = {"threads": arguments.threads, "cores": len(os.sched_getaffinity(0))}
+    for runtime in arguments.runtime.split(","):
+        figures[runtime] = {
+            "kv": kv_types(runtime, file, *how),
+            "lookup": lookup(runtime, file, *how),
+            "chat": full_chat(runtime, file, *how),
+        }
+    print(json.dumps(figures) if arguments.json else table(figures))
+
+
+if __name__ == "__main__":
+    main()
