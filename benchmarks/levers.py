@@ -1,6 +1,7 @@
 """What the levers of a runtime cost and give: type of keys and values, prompt lookup, what to do when a chat is full.
 
-    python benchmarks/levers.py [--json] [--model FILE] [--rounds 3] [--threads 1] [--runtime NAME,…]
+    python benchmarks/levers.py [--json] [--model FILE] [--rounds 3] [--threads 2] [--runtime NAME,…]
+                                [--parts kv,lookup,chat]
 
 Every figure is the median over rounds (quartiles in brackets) of the ratio to the default within the same round: both
 sides are loaded at once and take turns, so that noise on a shared machine hits both. Above 1 is faster than the
@@ -166,30 +167,35 @@ def _chat(session: Session) -> float:
     return statistics.fmean(waited)
 
 
+PARTS = {"kv": kv_types, "lookup": lookup, "chat": full_chat}
+
+
 def shown(ratio: dict[str, float]) -> str:
     return f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f})"
 
 
+def _of(figures: dict[str, Any], part: str) -> list[tuple[str, Any]]:
+    """A part's figures by runtime, for those that were measured."""
+    return [(name, figures[name][part]) for name in RUNTIMES if part in figures.get(name, {})]
+
+
 def table(figures: dict[str, Any]) -> str:
-    runtimes = [name for name in RUNTIMES if name in figures]
-    lines = [f"{platform.machine()}, {figures['threads']} thread, Python {platform.python_version()}", ""]
+    lines = [f"{platform.machine()}, {figures['threads']} threads, Python {platform.python_version()}", ""]
     lines += [
         "| keys and values in q8_0 | bytes per token | KL, nats | same first choice | prefill 64 | prefill 1,000 |"
         " decode after 64 | decode after 1,000 |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for runtime in runtimes:
-        one = figures[runtime]["kv"]
+    for runtime, one in _of(figures, "kv"):
         ratios = (shown(one[f"{phase}_{size}"]) for phase in ("prefill", "decode") for size in (SHORT, LONG))
         cells = (f"{one['bytes_q8_0']:,} for {one['bytes_f16']:,}", f"{one['kl']:.5f}", f"{one['same_first']:.1%}")
         lines.append(f"| {runtime} | " + " | ".join([*cells, *ratios]) + " |")
     lines += ["", "| prompt lookup | task | speed | same text |", "|---|---|--:|--:|"]
-    for runtime in runtimes:
-        for kind, one in figures[runtime]["lookup"].items():
+    for runtime, tasks in _of(figures, "lookup"):
+        for kind, one in tasks.items():
             lines.append(f"| {runtime} | {kind} | {shown(one['speed'])} | {one['same']} of {one['of']} |")
     lines += ["", "| full chat | first token, few turns left out | half left out | ratio |", "|---|--:|--:|--:|"]
-    for runtime in runtimes:
-        one = figures[runtime]["chat"]
+    for runtime, one in _of(figures, "chat"):
         few, half = one["ms"].values()
         lines.append(f"| {runtime} | {few:,} ms | {half:,} ms | {shown(one['speed'])} |")
     return "\n".join(lines) + "\n"
@@ -200,19 +206,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one object")
     parser.add_argument("--model", default="smollm2-135m", help="a GGUF file or the name of one")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--parts", default=",".join(PARTS), help="with commas")
     parser.add_argument("--runtime", default=",".join(RUNTIMES), help="with commas")
     arguments = parser.parse_args()
     file = resolve(arguments.model, want="gguf").path
     how = (arguments.rounds, arguments.threads)
     figures: dict[str, Any] = {"threads": arguments.threads, "cores": len(os.sched_getaffinity(0))}
     for runtime in arguments.runtime.split(","):
-        figures[runtime] = {
-            "kv": kv_types(runtime, file, *how),
-            "lookup": lookup(runtime, file, *how),
-            "chat": full_chat(runtime, file, *how),
-        }
-    print(json.dumps(figures) if arguments.json else table(figures))
+        figures[runtime] = {part: PARTS[part](runtime, file, *how) for part in arguments.parts.split(",")}
+    print(json.dumps(figures, indent=1) if arguments.json else table(figures))
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ class RuntimeConformance:
             refused(UsageError, lambda: plugins.check_levers(subject.plugin, LoadOptions(kv_type="q8_0")))
         if not guesses:
             refused(UsageError, lambda: plugins.check_levers(subject.plugin, LoadOptions(lookup=True)))
-        levers = {"kv_type": "q8_0" if "q8_0" in kinds else None, "lookup": True if guesses else None}
+        levers: dict[str, Any] = {"kv_type": "q8_0" if "q8_0" in kinds else None, "lookup": True if guesses else None}
         with subject.open(subject.artifact) as plain:
             before = ask(plain).text
         if not any(levers.values()) or subject.artifact.address:

@@ -98,8 +98,8 @@ def llama_choices(library: Library, options: LoadOptions, flash_attention: bool)
         _chosen("threads", options.threads, physical_cores(), "one per physical core"),
         _chosen("threads-batch", options.threads_batch, available_cores(), "all cores: a prompt is arithmetic"),
         Choice("flash attention", "on" if flash_attention or quantized else "off", flash),
-        _chosen("kv-type", options.kv_type, "f16", "q8_0 is slower: docs/runtimes.md"),
-        _chosen("lookup", options.lookup, False, "slower where nothing repeats: docs/runtimes.md"),
+        _chosen("kv-type", options.kv_type, "f16", "exact: q8_0 halves the memory and changes log-probabilities"),
+        _chosen("lookup", options.lookup, False, "only an answer that repeats its prompt can gain"),
         Choice("mmap", "on" if options.use_mmap else "off", "the file's pages are shared and need no copy"),
         Choice("repack", "on" if repack else "off", "faster prompts" if repack else "its AMX kernels crash here"),
     ]

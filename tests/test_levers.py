@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from edgeft.runtimes.llama_session import LlamaSession
 from edgeft.runtimes.prompt_lookup import LONGEST, ORDER, PromptLookup
+from serving import serving
 from tiny_gguf import VOCABULARY, _layers, write_gguf, write_random
 
 from edgeft import plugins
@@ -250,6 +251,16 @@ def test_a_chat_goes_on_when_asked_to(
         out, err = capsys.readouterr()
         assert (len(out.splitlines()) == 14) == (policy != "refuse")
         assert ("were left out" in err) == (policy != "refuse")
+
+
+def test_a_server_leaves_out_turns_when_told_to(tmp_path: Path) -> None:
+    (tmp_path / "echo.echo.json").write_text("{}")
+    for policy, wanted in ("refuse", 400), ("truncate-oldest", 200):
+        more = ("--context", "256", "--max-tokens", "8", "--overflow", policy)
+        with serving(tmp_path, str(tmp_path / "echo.echo.json"), *more) as server:
+            status, _, _ = server.ask("/v1/chat/completions", {"model": "echo", "messages": turns(20)})
+            assert status == wanted
+            assert server.chat("hi")[0] == 200
 
 
 # --- Why ----------------------------------------------------------------------
