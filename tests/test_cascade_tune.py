@@ -258,7 +258,7 @@ def asked_only(folder: Path) -> Path:
 
 def with_judge(folder: Path, cloud: FaultyCloud, judge: FaultyCloud) -> list[str]:
     path = settings_for(folder, cloud)
-    table = f'[judge]\nname = "judge"\nurl = "{judge.url}"\nmodel = "j"\nprice-in = 0.001\nprice-out = 0.002\n'
+    table = f'[judge]\nname = "judge"\nurl = "{judge.url}"\nmodel = "j"\nprice-in = 1.0\nprice-out = 2.0\n'
     Path(path).write_text(Path(path).read_text() + table)
     data = str(folder / "asked.jsonl")
     return ["cascade", "tune", path, "--data", data, "--judge", "model", "--max-tokens", "8", "--json"]
@@ -292,7 +292,7 @@ def test_a_judge_grades_what_has_no_right_answer(asked_only: Path, capsys: pytes
 def test_what_the_judge_does_not_grade_is_left_out(asked_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with faulty_cloud("good") as cloud, faulty_cloud("good") as judge:
         judge.answer = lambda asked: judged(asked) if "7" not in asked["messages"][-1]["content"] else ["I cannot say."]
-        assert main([*with_judge(asked_only, cloud, judge), "--max-cost", "9"]) == 0
+        assert main([*with_judge(asked_only, cloud, judge), "--max-cost", "999"]) == 0
         found = json.loads(capsys.readouterr().out)
     assert found["cloud_quality"] == 1.0 and 160 < found["examples"] < 260  # of 300, without sevens
 
@@ -300,7 +300,7 @@ def test_what_the_judge_does_not_grade_is_left_out(asked_only: Path, capsys: pyt
 def test_a_judge_that_goes_away_loses_nothing(asked_only: Path) -> None:
     with faulty_cloud("good") as cloud, faulty_cloud("good") as judge:
         judge.answer = lambda asked: judged(asked) if len(judge.wire) <= 30 else [""]
-        tuning = [*with_judge(asked_only, cloud, judge), "--max-cost", "9"]
+        tuning = [*with_judge(asked_only, cloud, judge), "--max-cost", "999"]
         assert main(tuning) == 4
         kept = (asked_only / "c.answers.jsonl").read_text().count('"grade"')
         asked, judge.answer = len(cloud.wire), judged

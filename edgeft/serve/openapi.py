@@ -245,7 +245,8 @@ def _looks(summary: str, answer: dict[str, Any], statuses: tuple[int, ...] = _LO
 
 def _streamed(schema: str, text: str) -> dict[str, Any]:
     good = _json(_ref(schema), text)
-    good["content"]["text/event-stream"] = {"schema": _TEXT}
+    # No schema: in OpenAPI 3.1 it is that of the whole text, and readers take it for that of every event.
+    good["content"]["text/event-stream"] = {}
     return good
 
 
