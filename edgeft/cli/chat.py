@@ -55,6 +55,7 @@ Examples:
   edgeft chat smollm2-135m
   edgeft chat mine-q4.gguf --system "Answer in one sentence."
   edgeft chat --resume            go on with the last conversation
+  edgeft chat mine-q4.gguf --against smollm2-135m
   edgeft chat --list
   printf 'hello\\n/retry\\n' | edgeft chat mine-q4.gguf
 """
@@ -74,6 +75,9 @@ Examples:
     help="Say with what settings a model runs and why, or how a cascade answered.",
 )
 @click.option("--no-history", is_flag=True, help="Store nothing.")
+@click.option(
+    "--against", metavar="MODEL", help="Two answers side by side, on the whole screen; adapters are for the first."
+)
 @click.option("--screen", is_flag=True, help="On the whole screen; as in edgeft tui.")
 @run_options
 @json_option
@@ -86,6 +90,7 @@ def chat(
     search: str | None,
     explaining: bool,
     no_history: bool,
+    against: str | None,
     screen: bool,
     as_json: bool,
     **flags: Any,
@@ -102,8 +107,12 @@ def chat(
         return ExitCode.OK
     if no_history and resume:
         raise UsageError("--resume needs the history that --no-history leaves out")
-    if screen:
-        return _on_screen(model, adapters, resume)
+    if no_history and (screen or against):
+        raise UsageError("--no-history is for a conversation line by line; the screen stores what is said")
+    if against and resume:
+        raise UsageError("--against begins two new conversations; --resume goes on with one", "Leave one of them out.")
+    if screen or against:
+        return _on_screen(model, adapters, resume, against or "")
     with contextlib.ExitStack() as stack:
         history = None if no_history else stack.enter_context(History(history_file()))
         old = _resumed(history, resume, model) if history and resume else None
@@ -119,7 +128,7 @@ def chat(
         return _Chat(opened, conversation, sampling(values), as_json, explaining=explaining).run()
 
 
-def _on_screen(model: str | None, adapters: tuple[str, ...], resume: str | None) -> int:
+def _on_screen(model: str | None, adapters: tuple[str, ...], resume: str | None, against: str) -> int:
     from edgeft.cli.tui import show
     from edgeft.tui.place import ChatPlace
 
@@ -131,7 +140,7 @@ def _on_screen(model: str | None, adapters: tuple[str, ...], resume: str | None)
     if model is None:
         raise UsageError("which model?", "edgeft chat MODEL --screen; edgeft models list shows what there is.")
     parsed = tuple((str(one.path), one.scale) for one in map(parse_adapter, adapters))
-    return show(Path.cwd(), chat=ChatPlace(model, parsed, number))
+    return show(Path.cwd(), chat=ChatPlace(model, parsed, number, against=against))
 
 
 def _lasting(reference: str) -> str:

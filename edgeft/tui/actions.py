@@ -14,12 +14,17 @@ class How(enum.Enum):
     """Where a command's work is seen."""
 
     CHAT = "a conversation"
+    AGAINST = "two conversations, once the models are chosen"
     FORM = "a form to fill in first"
     JOB = "a job in the background"
     SHOW = "its output"
     WATCH = "a job's progress"
     CURVE = "a run's curves"
     FIT = "a table of devices"
+
+
+ANY = "MODEL"
+"""A model that is still to be chosen."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def actions(item: Item) -> list[Action]:
 def general() -> list[Action]:
     """What needs no item."""
     return [
+        Action("Two models side by side", ("chat", ANY, "--against", ANY), How.AGAINST),
         Action("Train a model", ("train",), How.FORM),
         Action("Check a data set", ("data", "check"), How.FORM),
         Action("Prepare a data set", ("data", "prepare"), How.FORM),
@@ -75,6 +81,16 @@ def general() -> list[Action]:
         Action("What works here, and what is missing", ("doctor",), How.SHOW),
         Action("Settings and where they come from", ("config", "show"), How.SHOW),
     ]
+
+
+def against(model: str) -> Action:
+    """Two models side by side."""
+    return Action("Chat beside another model", ("chat", model, "--against", ANY), How.AGAINST)
+
+
+def models(items: Sequence[Item]) -> list[str]:
+    """What one can talk to, by the name that commands take."""
+    return [item.name for item in items if any(action.how is How.CHAT for action in actions(item)[:2])]
 
 
 def first_steps() -> list[Action]:
@@ -97,7 +113,7 @@ def _model(item: Item) -> list[Action]:
     ]
     if item.next[0] == "chat":
         found.insert(0, Action("Chat", item.next, How.CHAT))
-        found.insert(2, Action("Evaluate", ("eval", item.name), How.FORM))
+        found[2:2] = [Action("Evaluate", ("eval", item.name), How.FORM), against(item.name)]
     return found
 
 
@@ -122,6 +138,7 @@ def _run(item: Item) -> list[Action]:
 def _artifact(item: Item) -> list[Action]:
     found = [
         Action("Chat", ("chat", item.name), How.CHAT),
+        against(item.name),
         Action("Evaluate", ("eval", item.name), How.FORM),
         Action("Will it fit?", ("devices", "fit", item.name), How.FIT),
         Action("Package for a device", ("package", item.name), How.FORM),
@@ -132,7 +149,10 @@ def _artifact(item: Item) -> list[Action]:
 
 
 def _adapter(item: Item) -> list[Action]:
-    return [Action("Chat on its base", item.next, How.CHAT)]
+    return [
+        Action("Chat on its base", item.next, How.CHAT),
+        Action("Chat beside its base", (*item.next, "--against", item.next[1]), How.CHAT),
+    ]
 
 
 def _bundle(item: Item) -> list[Action]:

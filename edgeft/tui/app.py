@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import click
+from textual import work
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
 from edgeft.errors import EdgeftError
 from edgeft.tui import place
-from edgeft.tui.actions import Action, How, general
+from edgeft.tui.actions import ANY, Action, How, general, models
 from edgeft.tui.home import HomeScreen
 from edgeft.tui.place import ChatPlace
 
@@ -65,9 +66,10 @@ class EdgeftApp(App[None]):
     def _cut_off(self) -> None:
         """The terminal is gone, or somebody ends the process: what was typed and received is kept."""
         from edgeft.tui.chat import ChatScreen
+        from edgeft.tui.side_by_side import SideBySideScreen
 
         for screen in self.screen_stack:
-            if isinstance(screen, ChatScreen):
+            if isinstance(screen, (ChatScreen, SideBySideScreen)):
                 screen.cut_off()
         self.exit(return_code=129)
 
@@ -86,6 +88,8 @@ class EdgeftApp(App[None]):
 
         if action.how is How.CHAT:
             self._chat(action.command)
+        elif action.how is How.AGAINST:
+            self._choose_models(action.command)
         elif action.how is How.FORM:
             self.push_screen(FormScreen(self._commands, action.command, self.start))
         elif action.how is How.JOB:
@@ -117,11 +121,37 @@ class EdgeftApp(App[None]):
         _, _, words = find_command(self._commands, command)
         values = values_of(find_command(self._commands, command)[0], words)
         adapters = tuple((name, 1.0) for name in str(values.get("adapters", "")).split(",") if name)
-        self._open_chat(ChatPlace(str(values["model"]), adapters))
+        self._open_chat(ChatPlace(str(values["model"]), adapters, against=str(values.get("against", ""))))
+
+    @work(exclusive=True)
+    async def _choose_models(self, command: Sequence[str]) -> None:
+        """For `edgeft chat MODEL --against MODEL`: ask for each that is not named yet."""
+        from edgeft.inventory import inventory
+        from edgeft.tui.choose import Choose
+
+        known = models(await asyncio.to_thread(inventory, self._folder))
+        words = list(command)
+        while ANY in words:
+            at = words.index(ANY)
+            choices = [Action(name, (*words[:at], name, *words[at + 1 :]), How.CHAT) for name in known]
+            choices = [one for one in choices if one.title not in words]
+            if not choices:
+                self.notify("Pull or export a second one first.", title="There is no other model", severity="warning")
+                return
+            title = f"Beside {words[1]}" if at > 1 else "The first model"
+            chosen = await self.push_screen_wait(Choose(title, choices))
+            if chosen is None:
+                return
+            words = list(chosen.command)
+        self._chat(words)
 
     def _open_chat(self, at: ChatPlace) -> None:
         from edgeft.tui.chat import ChatScreen
+        from edgeft.tui.side_by_side import SideBySideScreen
 
+        if at.against:
+            self.push_screen(SideBySideScreen(at))
+            return
         self.push_screen(ChatScreen(at.model, at.adapters, at.conversation, draft=at.draft))
 
     def _fit(self, command: Sequence[str]) -> None:

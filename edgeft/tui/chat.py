@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,24 +20,18 @@ from textual.timer import Timer
 from textual.widgets import Footer, Static, TextArea
 from textual.worker import Worker, WorkerCancelled
 
-from edgeft import config
-from edgeft.chat import Sampling, Usage
+from edgeft.chat import Usage
 from edgeft.errors import EdgeftError
-from edgeft.history import Conversation, History, open_or_begin_anew
-from edgeft.paths import history_file, write_text
+from edgeft.history import Conversation
+from edgeft.paths import write_text
 from edgeft.tui.actions import command_line
+from edgeft.tui.answer import PAGE, figures, lasting, load_options, open_history, sampling_of_config, write_answer
 from edgeft.tui.conversations import ConversationsScreen
 from edgeft.tui.model import ModelProcess, Opened
 from edgeft.tui.place import ChatPlace, keep_chat, leave_chat
 from edgeft.tui.settings import SettingsScreen, State
 from edgeft.tui.talk import Prompt, Said, as_file
 
-PAGE = 60
-"""Messages that are drawn; older ones are in the history."""
-FRAME_S = 0.04
-"""Words that come sooner after the last ones are drawn with the next: drawing costs milliseconds, a token may not."""
-SLOWER = 10_000
-"""Characters of an answer that double that time: the whole conversation is laid out anew each time."""
 DRAFT_S = 0.5
 """From a key to the disk: the most typing that a killed process can lose."""
 TOO_LATE_S = 1.0
@@ -70,19 +65,25 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         adapters: Sequence[tuple[str, float]] = (),
         resume: int | None = None,
         process: ModelProcess | None = None,
+        opened: Opened | None = None,
         draft: str = "",
     ) -> None:
+        """
+        Args:
+            process: one that may have a model loaded; it ends with the screen.
+            opened: what it has loaded, which is then not loaded again.
+        """
         super().__init__()
         self._draft = draft
         self.model = model
         self.adapters = list(adapters)
-        self.sampling = _sampling()
+        self.sampling = sampling_of_config()
         self._resume = resume
         self._process = process or ModelProcess()
-        self._opened: Opened | None = None
+        self._opened = opened
         self._answer: Worker[None] | None = None
-        self._history, self._trouble = _open_history()
-        self.conversation = Conversation(_lasting(model), "", None, self._history)
+        self._history, self._trouble = open_history()
+        self.conversation = Conversation(lasting(model), "", None, self._history)
         self._usage: Usage | None = None
         self._retries = 0
         self._ended = 0.0
@@ -122,7 +123,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         self._place_timer = None
         draft = self.query_one(Prompt).text
         if draft or self.conversation.messages:
-            keep_chat(ChatPlace(_lasting(self.model), tuple(self.adapters), self.conversation.id, draft))
+            keep_chat(ChatPlace(lasting(self.model), tuple(self.adapters), self.conversation.id, draft))
         else:
             leave_chat()
 
@@ -146,14 +147,13 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
                 await self._show(Conversation.resume(self._history, resume))
             except EdgeftError as error:
                 self._failed(error)
-        await self._open()
+        if self._opened is None:
+            await self._open()
 
     async def _open(self) -> bool:
         self._status(f"loading {Path(self.model).name} …")
-        values = {name: value.value for name, value in config.load().items()}
-        options = {"context": values["run.context"] or None, "threads": values["run.threads"] or None}
         try:
-            self._opened = await self._process.open(self.model, values["run.runtime"], options, self.adapters)
+            self._opened = await self._process.open(self.model, *load_options(), self.adapters)
         except EdgeftError as error:
             self._failed(error)
             return False
@@ -196,34 +196,20 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
             return
         said.message = conversation.messages[-1].id
         await self._add(said)
-        text, drawn, usage = "", 0, None
-        began = last = time.monotonic()
+        usage = None
         sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._retries)
         try:
-            async for event in self._process.generate(conversation.prompt()[:-1], sampling):
-                if event["event"] == "text":
-                    text += event["text"]
-                    if (now := time.monotonic()) - last < FRAME_S * (1 + len(text) / SLOWER):
-                        continue
-                    await said.grow(text[drawn:])
-                    drawn, last = len(text), now
-                    self._keep(lambda text=text: conversation.grow_answer(text))
-                    self._status(f"{len(text)} characters, {now - began:.0f} s")
-                else:
-                    usage = _usage(event["usage"])
+            events = self._process.generate(conversation.prompt()[:-1], sampling)
+            usage = await write_answer(events, said, conversation, self._keep, self._status)
         except EdgeftError as error:
             self._failed(error)
         finally:
             self._usage, self._ended = usage, time.monotonic()
-            self._keep(lambda: conversation.end_answer(text, usage))
-            await said.grow(text[drawn:])
-            await said.end(text, stopped=usage is None or usage.finish_reason == "cancel")
             if usage is not None:
                 self._status()
 
-    def _keep(self, store: object) -> bool:
+    def _keep(self, store: Callable[[], object]) -> bool:
         """Write to the history; when that fails the conversation goes on unstored, and says so."""
-        assert callable(store)
         try:
             store()
         except EdgeftError as error:
@@ -297,7 +283,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         await self._stopped()
         shown = list(self.query(Said))
         for one in reversed(shown[shown.index(said) :]):
-            self._keep(lambda role=one.role: self.conversation.withdraw(role))
+            self._keep(partial(self.conversation.withdraw, one.role))
             await one.remove()
         self.query_one(Prompt).load_text(said.text)
         self.query_one(Prompt).focus()
@@ -349,7 +335,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
             self._failed(error)
             return
         await self._show(other)
-        if other.model != _lasting(self.model):
+        if other.model != lasting(self.model):
             self.model, self._opened = other.model, None
             await self._open()
 
@@ -394,49 +380,13 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
     # --- The line below -------------------------------------------------------
 
     def _status(self, doing: str = "") -> None:
-        opened, usage = self._opened, self._usage
-        parts = [Path(self.model).name]
+        """What changes comes first: a narrow window cuts the end."""
+        opened = self._opened
+        parts = figures(opened, self._usage, doing) if opened else [doing] if doing else []
+        parts.append(Path(self.model).name)
         if opened:
-            used = usage.prompt_tokens + usage.completion_tokens if usage else 0
-            parts += [opened.runtime, f"context {used}/{opened.context}"]
-        if usage and not doing:
-            parts += [f"{usage.decode_tokens_per_s:.1f} tokens/s", f"first token {usage.ttft_s * 1000:.0f} ms"]
+            parts.append(opened.runtime)
         if self.conversation.id:
             parts.append(f"conversation {self.conversation.id}")
         with contextlib.suppress(NoMatches):  # the screen is closing
-            self.query_one("#status", Static).update(" · ".join([*parts, doing] if doing else parts))
-
-
-def _sampling() -> Sampling:
-    values = config.load()
-    names = ("max-tokens", "temperature", "top-k", "top-p", "min-p", "repeat-penalty", "seed")
-    return Sampling(**{name.replace("-", "_"): values[f"run.{name}"].value for name in names})
-
-
-def _open_history() -> tuple[History | None, tuple[str, str] | None]:
-    """The history, and what is to be said of it: (title, text)."""
-    try:
-        history, aside = open_or_begin_anew(history_file())
-    except EdgeftError as error:
-        return None, ("Nothing will be stored", error.message)
-    if aside is None:
-        return history, None
-    return history, ("The history was damaged; a new one is begun", f"the old file is {aside}")
-
-
-def _lasting(reference: str) -> str:
-    path = Path(reference).expanduser()
-    return str(path.absolute()) if path.exists() else reference
-
-
-def _usage(value: dict[str, float]) -> Usage:
-    """Back from `Usage.as_dict`."""
-    tokens, speed = int(value["completion_tokens"]), value["decode_tokens_per_s"]
-    return Usage(
-        prompt_tokens=int(value["prompt_tokens"]),
-        reused_tokens=int(value["reused_tokens"]),
-        completion_tokens=tokens,
-        ttft_s=value["ttft_ms"] / 1000,
-        decode_s=(tokens - 1) / speed if speed else 0.0,
-        finish_reason=value["finish_reason"],  # type: ignore[arg-type]
-    )
+            self.query_one("#status", Static).update(" · ".join(parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from textual import on
@@ -59,7 +60,12 @@ class ConversationsScreen(ModalScreen[int | None]):
 
     def _latest(self) -> list[tuple[str, str, str, str]]:
         return [
-            (str(one.id), one.created[:16].replace("T", " "), _short(one.title), f"{one.messages} messages")
+            (
+                str(one.id),
+                one.created[:16].replace("T", " "),
+                _short(one.title),
+                f"{one.messages} messages, {Path(one.model).name}",
+            )
             for one in self._history.summaries(LIMIT)
         ]
 

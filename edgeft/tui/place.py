@@ -23,6 +23,10 @@ class ChatPlace:
     """Its number in the history; None while nothing was said."""
     draft: str = ""
     """Typed and not sent."""
+    against: str = ""
+    """The model beside it, if there is one."""
+    other: int | None = None
+    """That model's conversation."""
 
 
 def remembered() -> Mapping[str, Any]:
@@ -56,15 +60,20 @@ def last_chat() -> ChatPlace | None:
     found = remembered().get("chat")
     try:
         assert isinstance(found, dict)
-        number = found["conversation"]
         return ChatPlace(
             str(found["model"]),
             tuple((str(name), float(scale)) for name, scale in found["adapters"]),
-            None if number is None else int(number),
+            _number(found["conversation"]),
             str(found["draft"]),
+            str(found.get("against", "")),
+            _number(found.get("other")),
         )
     except (AssertionError, KeyError, TypeError, ValueError):
         return None
+
+
+def _number(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _file() -> Path:
