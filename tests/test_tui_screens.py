@@ -6,17 +6,26 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from test_cascade_tune import cases
 from textual.command import CommandList
 from textual.pilot import Pilot
-from textual.widgets import DataTable, Input, Select, Static
+from textual.widgets import DataTable, Input, Select, Static, TabbedContent, TextArea
 from textual.widgets.option_list import Option
 from tiny_gguf import write_random
 
-from edgeft.cli.main import cli
+from edgeft.cascade.audit import AuditLog
+from edgeft.cascade.budget import Budget
+from edgeft.cascade.calibration import read_calibration
+from edgeft.cascade.edit import edited, keys
+from edgeft.cascade.settings import PolicySettings, read_settings
+from edgeft.cascade.tune import Goal, at_threshold, tune
+from edgeft.cascade.types import Record
+from edgeft.cli.main import cli, main
 from edgeft.device import load_profile, names, write_profile
 from edgeft.forecast.find import find_facts
 from edgeft.forecast.fit import forecast
 from edgeft.tui.app import EdgeftApp
+from edgeft.tui.cascade import CascadeScreen, PrivacyPane, RoutesPane, SettingsPane, ThresholdPane
 from edgeft.tui.devices import DeviceScreen, DevicesScreen
 from edgeft.tui.home import HomeScreen
 
@@ -177,3 +186,146 @@ def test_probing_this_machine_is_a_job(folder: Path, monkeypatch: pytest.MonkeyP
 
     drive(steps)
     assert started == [("devices", "probe")]
+
+
+# --- Cascade --------------------------------------------------------------------
+
+
+@pytest.fixture
+def cascade(folder: Path) -> Path:
+    """A tuned cascade of which one answer was kept and one was sent."""
+    (folder / "a.echo.json").write_text('{"default": "no"}')
+    assert main(["cascade", "init", "cascade.toml", "--model", "a.echo.json"]) == 0
+    file = folder / "cascade.toml"
+    found = tune(cases(300, 0), PolicySettings(), "learned", Goal("quality", 0.95), "x")
+    found.write(folder / "c.json")
+    changes = {"policy.kind": "learned", "policy.calibration": "c.json", "audit.file": "audit.sqlite"}
+    file.write_text(edited(file.read_text(), {**changes, "privacy.topics": ("salary",)}, file))
+    settings = read_settings(file)
+    audit = AuditLog(settings.audit_file, settings.audit)
+    audit.add(Record("1", 1e9, authors=["local"], reason="learned: risk 0.1 at most 0.2"))
+    audit.add(Record("2", 1e9, authors=["cloud"], reason="learned: risk 0.9 above 0.2", left_device=True, cost=0.01))
+    audit.close()
+    budget = Budget(settings.budget, settings.spending_file)
+    budget.reserve(0.01, 40)
+    budget.close()
+    return file
+
+
+async def at_cascade(app: EdgeftApp, pilot: Pilot[None], part: str) -> CascadeScreen:
+    await choose(app, pilot, "Cascade: settings")
+    await until(pilot, lambda: isinstance(app.screen, CascadeScreen) and app.screen.loaded is not None)
+    screen = app.screen
+    assert isinstance(screen, CascadeScreen)
+    while screen.query_one(TabbedContent).active != part:
+        await pilot.press("f8")
+        await pilot.pause()
+    return screen
+
+
+@pytest.mark.parametrize("size", [(80, 24), (160, 50)])
+def test_settings_are_checked_while_they_are_typed_and_written_with_their_comments(
+    cascade: Path, size: tuple[int, int]
+) -> None:
+    before = cascade.read_text()
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await at_cascade(app, pilot, "settings")
+        pane = screen.query_one(SettingsPane)
+        await until(pilot, lambda: len(pane.query("Input, Select")) == len(keys(screen.loaded.settings)))  # type: ignore[union-attr]
+        names = [key.name for key in pane._keys]
+        assert pane.query_one("#keys").size.height >= 14
+        field = pane.query_one(f"#key-{names.index('budget.day-money')}", Input)
+        field.focus()
+        field.value = ""
+        await pilot.press(*"0.2x")
+        await until(pilot, lambda: "budget.day-money must be a number" in pane.problem)
+        await pilot.press("ctrl+s")
+        await pilot.pause(0.3)
+        assert cascade.read_text() == before
+        await pilot.press("backspace", *"50")
+        pane.query_one(f"#key-{names.index('privacy.redact')}", Select).value = "false"
+        command = "$ edgeft cascade set cascade.toml budget.day-money=0.250 privacy.redact=false"
+        await until(pilot, lambda: said(app, "#line") == command and not pane.problem)
+        await pilot.press("f3")
+        assert app.clipboard == command[2:]
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: cascade.read_text() != before and not pane.typed())
+
+    drive(steps, size)
+    changed = [(a, b) for a, b in zip(before.splitlines(), cascade.read_text().splitlines(), strict=True) if a != b]
+    assert [b.split(" ")[:3] for _, b in changed] == [["day-money", "=", "0.25"], ["redact", "=", "false"]]
+    assert all(a.partition("#")[2] == b.partition("#")[2] for a, b in changed)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (160, 50)])
+def test_the_threshold_moves_quality_cost_and_the_share_of_the_cloud(cascade: Path, size: tuple[int, int]) -> None:
+    file = cascade.with_name("c.json")
+    before = read_calibration(file)
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await at_cascade(app, pilot, "threshold")
+        pane = screen.query_one(ThresholdPane)
+        await until(pilot, lambda: "kept:" in said(app, "#outcome") and pane.has_focus)
+        assert pane.query_one("#curve").size.height >= 12
+        await pilot.press(*["right"] * 3)
+        await until(pilot, lambda: pane.threshold is not None and pane.threshold < before.threshold)
+        assert pane.threshold is not None
+        _, share, quality, cost = at_threshold(before, pane.threshold)
+        assert share > at_threshold(before, before.threshold)[1]
+        shown = f"{share:.1%} to the cloud, quality {quality:.1%}, {cost:.6f} USD per request"
+        assert said(app, "#outcome").startswith(f"here: {pane.threshold:.4g}, {shown}")
+        assert said(app, "#line") == f"$ edgeft cascade threshold cascade.toml --to {pane.threshold!r}"
+        wanted = pane.threshold
+        assert read_calibration(file) == before
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: read_calibration(file).threshold == wanted and pane.threshold is None)
+
+    drive(steps, size)
+
+
+def test_spending_and_routes_follow_what_is_answered(cascade: Path) -> None:
+    settings = read_settings(cascade)
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await at_cascade(app, pilot, "routes")
+        table = screen.query_one(RoutesPane).query_one(DataTable)
+        await until(pilot, lambda: table.row_count == 2)
+        assert table.get_row_at(0)[1:4] == ["cloud", "yes", "0.010000"]
+        assert "this day: 0.010000 of 0.5 USD, 40 tokens" in said(app, "#spent")
+        await until(pilot, lambda: "risk 0.9 above 0.2" in said(app, "#route"))
+        audit = AuditLog(settings.audit_file, settings.audit)
+        audit.add(Record("3", 1e9, authors=["local"], reason="offline"))
+        audit.close()
+        await until(pilot, lambda: table.row_count == 3)
+        assert said(app, "#line").splitlines()[0] == "$ edgeft cascade log cascade.toml"
+
+    drive(steps)
+
+
+def test_what_would_leave_the_device_is_shown_while_it_is_typed(cascade: Path) -> None:
+    pytest.importorskip("datafog")
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await at_cascade(app, pilot, "privacy")
+        pane = screen.query_one(PrivacyPane)
+        pane.query_one("#text").focus()
+        await pilot.press(*"ask ada@example.org")
+        leaves = pane.query_one("#leaves", TextArea)
+        await until(pilot, lambda: leaves.text == "ask [EMAIL_1]" and said(app, "#verdict") == "replaced: 1 EMAIL")
+        await pilot.press(*" salary")
+        await until(pilot, lambda: "topic 'salary'" in said(app, "#verdict") and not leaves.text)
+
+    drive(steps)
+
+
+def test_a_folder_without_a_cascade_says_how_to_begin(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        await choose(app, pilot, "Cascade: settings")
+        await until(
+            pilot, lambda: isinstance(app.screen, CascadeScreen) and "edgeft cascade init" in said(app, "#line")
+        )
+        await pilot.press("ctrl+s", "f3", "f8", "left", "f8", "f8")
+        await pilot.pause()
+
+    drive(steps)

@@ -7,10 +7,11 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from edgeft.cascade.settings import BudgetSettings
+from edgeft.cascade.settings import BudgetSettings, Settings
 from edgeft.errors import WriteError
 
 
@@ -19,6 +20,34 @@ class Reservation:
     number: int
     money: float
     tokens: int
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Of one period; a limit of 0 is none."""
+
+    period: str
+    money: float
+    money_limit: float
+    tokens: int
+    tokens_limit: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def spending(settings: Settings) -> list[Spent]:
+    """What this day and this month have cost. Raises: WriteError."""
+    limits = settings.budget
+    spent: dict[str, tuple[float, int]] = {"day": (0.0, 0), "month": (0.0, 0)}
+    if settings.spending_file.is_file():  # looking makes no file
+        budget = Budget(limits, settings.spending_file)
+        try:
+            spent = budget.spent()
+        finally:
+            budget.close()
+    most = {"day": (limits.day_money, limits.day_tokens), "month": (limits.month_money, limits.month_tokens)}
+    return [Spent(name, money, most[name][0], tokens, most[name][1]) for name, (money, tokens) in spent.items()]
 
 
 class Budget:

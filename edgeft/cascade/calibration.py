@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ class Calibration:
     """Of the boosted policy (`edgeft.cascade.boosted`)."""
     goal: str = ""
     measured: Mapping[str, Any] = field(default_factory=dict)
+    curve: tuple[tuple[float, float, float, float], ...] = ()
+    """(threshold, share of deferred answers, quality, mean cost), from deferring none to all, on the answers that the
+    threshold was chosen on."""
     schema: int = SCHEMA
 
     def probability(self, features: Mapping[str, float]) -> float:
@@ -61,8 +65,9 @@ def read_calibration(path: Path) -> Calibration:
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
         lists = {name: tuple(value.get(name, ())) for name in ("names", "mean", "scale", "weights", "trees")}
+        lists["curve"] = tuple((float(t), float(d), float(q), float(c)) for t, d, q, c in value.get("curve", ()))
         found = Calibration(**{**value, **lists})
-        numbers = (found.threshold, *found.mean, *found.scale, *found.weights)
+        numbers = (found.threshold, *found.mean, *found.scale, *found.weights, *chain(*found.curve))
         if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
             raise ValueError("a number in it is none")
         if found.weights and len(found.weights) != len(found.names) + 1:

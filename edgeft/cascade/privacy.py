@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from edgeft.cascade.settings import PrivacySettings
@@ -51,6 +52,28 @@ class Guard:
     def _find(self, text: str) -> list[Span]:
         spans = [(*match.span(), "SECRET") for pattern in self._secrets for match in pattern.finditer(text)]
         return spans + (self._library(text) if self._library else [])
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """What of a text would leave the device."""
+
+    pinned: str
+    """Why nothing would; "" when it may."""
+    text: str
+    """As it would be sent; "" when it stays."""
+    replaced: Mapping[str, int]
+    """Kind of personal data -> how many different ones."""
+
+
+def leaving(guard: Guard, text: str) -> Leaving:
+    """What would leave the device of a message of a user."""
+    message: Message = {"role": "user", "content": text}
+    if why := guard.pinned([message]):
+        return Leaving(why, "", {})
+    redaction = guard.redaction()
+    sent = redaction.messages([message])[0]
+    return Leaving("", str(sent["content"]), redaction.counts)
 
 
 def _whole_word(word: str) -> re.Pattern[str]:

@@ -159,7 +159,7 @@ class Settings:
         return self.audit_file.with_name("spending.sqlite")
 
 
-_SECTIONS: dict[str, type[Any]] = {
+SECTIONS: dict[str, type[Any]] = {
     "policy": PolicySettings,
     "budget": BudgetSettings,
     "privacy": PrivacySettings,
@@ -181,19 +181,27 @@ def read_settings(path: Path) -> Settings:
     """Raises: ConfigError for what cannot be read, is unknown, or cannot be."""
     path = path.expanduser().absolute()
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_settings(path.read_text(encoding="utf-8"), path)
     except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", "edgeft cascade init writes a new one.") from error
+
+
+def parse_settings(text: str, path: Path) -> Settings:
+    """The settings in a text that is, or would be, in a file. Raises: ConfigError."""
+    try:
+        document = tomllib.loads(text)
+    except ValueError as error:
         raise ConfigError(f"cannot read {path}: {error}", "edgeft cascade init writes a new one.") from error
     if document.pop("schema", SCHEMA) != SCHEMA:
         raise ConfigError(f"{path}: this edgeft reads schema {SCHEMA}")
-    known = {"local", "cloud", "judge", *_SECTIONS}
+    known = {"local", "cloud", "judge", *SECTIONS}
     for name in document:
         if name not in known:
             raise _unknown(str(path), name, known)
     clouds = document.get("cloud", [])
     if not isinstance(clouds, list):
         raise ConfigError(f"{path}: endpoints are written as [[cloud]], with two brackets")
-    sections = {name: _section(kind, document.get(name, {}), f"{path}: {name}") for name, kind in _SECTIONS.items()}
+    sections = {name: _section(kind, document.get(name, {}), f"{path}: {name}") for name, kind in SECTIONS.items()}
     local = _section(Local, document.get("local", {}), f"{path}: local")
     settings = Settings(
         path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +86,56 @@ def tune(
         risk = cross_fitted(hold, salt, kind)
     threshold = choose(risk, hold, goal)
     measured = outcome(risk, hold, threshold)
-    return Calibration(kind, threshold, settings.judge_tokens, artifact, goal=str(goal), measured=measured, **parts)
+    return Calibration(
+        kind,
+        threshold,
+        settings.judge_tokens,
+        artifact,
+        goal=str(goal),
+        measured=measured,
+        curve=deferral(risk, hold),
+        **parts,
+    )
+
+
+def deferral(
+    risk: Sequence[float], cases: Sequence[Case], most: int = 200
+) -> tuple[tuple[float, float, float, float], ...]:
+    """(threshold, share of deferred answers, quality, mean cost) from deferring none to all; at most `most` points."""
+    import numpy as np
+
+    from edgeft.cascade.metrics import curve
+
+    risks = np.array(risk)
+    local, cloud, cost = (
+        np.array([float(getattr(case, name)) for case in cases]) for name in ("local_right", "cloud_right", "cost")
+    )
+    one = curve(risks, local, cloud, cost)
+    levels = np.unique(risks)[::-1]
+    thresholds = [*levels.tolist(), math.nextafter(float(levels[-1]), -math.inf)]
+    points = list(zip(thresholds, one.share.tolist(), one.quality.tolist(), one.cost.tolist(), strict=True))
+    kept = sorted({round(at) for at in np.linspace(0, len(points) - 1, min(most, len(points)))})
+    return tuple(points[at] for at in kept)
+
+
+def moved(calibration: Calibration, threshold: float) -> Calibration:
+    """The calibration with a threshold that somebody chose, and what it gave on the stored curve.
+
+    Raises:
+        UsageError: there is no curve.
+    """
+    _, deferred, quality, cost = at_threshold(calibration, threshold)
+    measured = {**calibration.measured, "quality": quality, "deferred": deferred, "cost": cost}
+    measured.pop("kept_wrong", None)  # known for the tuned threshold only
+    return dataclasses.replace(calibration, threshold=threshold, goal="chosen by hand", measured=measured)
+
+
+def at_threshold(calibration: Calibration, threshold: float) -> tuple[float, float, float, float]:
+    """The point of the curve that holds at a threshold: the one with the highest threshold not above it."""
+    if not calibration.curve:
+        raise UsageError("the calibration has no deferral curve", "edgeft cascade tune writes one.")
+    below = [point for point in calibration.curve if point[0] <= threshold]
+    return below[0] if below else calibration.curve[-1]
 
 
 def cross_fitted(cases: Sequence[Case], salt: str = "", kind: str = "learned") -> list[float]:
@@ -119,8 +169,6 @@ _FITS: Mapping[str, Callable[[Sequence[Case]], dict[str, Any]]] = {"learned": fi
 
 
 def policy_for(settings: PolicySettings, kind: str, calibration: Calibration | None = None) -> Policy:
-    import dataclasses
-
     return make_policy(dataclasses.replace(settings, kind=kind), calibration)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from edgeft.cli._cascade_settings import budget, privacy, set_, threshold
 from edgeft.cli._cascade_tune import report, tune
 from edgeft.cli._output import dry_run_option, json_option, note, print_json, print_table
 from edgeft.errors import ExitCode, UsageError
@@ -93,5 +94,5 @@ def log(file: Path, last: int, as_json: bool) -> int:
     return ExitCode.OK
 
 
-cascade.add_command(tune)
-cascade.add_command(report)
+for _command in (tune, report, set_, threshold, budget, privacy):
+    cascade.add_command(_command)

@@ -21,6 +21,7 @@ class How(enum.Enum):
     WATCH = "a job's progress"
     CURVE = "a run's curves"
     FIT = "a table of devices"
+    CASCADE = "a cascade: settings, threshold, spending, privacy"
 
 
 ANY = "MODEL"
@@ -74,6 +75,9 @@ def general() -> list[Action]:
         Action("Begin a cascade", ("cascade", "init"), How.FORM),
         Action("Fit a cascade to its model", ("cascade", "tune"), How.FORM),
         Action("Judge a cascade", ("cascade", "report"), How.FORM),
+        Action(
+            "Cascade: settings, threshold, spending, privacy", ("cascade", "threshold", "cascade.toml"), How.CASCADE
+        ),
         Action("What left the device, why, and its cost", ("cascade", "log"), How.FORM),
         Action("Devices, and what fits them", ("devices", "list"), How.FIT),
         Action("Probe this machine", ("devices", "probe"), How.JOB),

@@ -100,6 +100,8 @@ class EdgeftApp(App[None]):
             self.push_screen(JobScreen(jobs.find_job(action.command[-1])))
         elif action.how is How.FIT:
             self._fit(action.command)
+        elif action.how is How.CASCADE:
+            self._cascade(action.command[-1])
         else:
             self._curves(action.command[-1])
 
@@ -160,6 +162,11 @@ class EdgeftApp(App[None]):
 
         found, _, words = find_command(self._commands, command)
         self.push_screen(DevicesScreen(self.start, Question(str(values_of(found, words).get("model", "")))))
+
+    def _cascade(self, file: str) -> None:
+        from edgeft.tui.cascade import CascadeScreen
+
+        self.push_screen(CascadeScreen(Path(file) if self._folder == Path.cwd() else self._folder / file))
 
     def _curves(self, folder: str) -> None:
         from edgeft.run import Run
