@@ -13,7 +13,7 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 KEPT = 0.5
 """Share of the room that is left filled when turns go. To leave out no more than needed would move the beginning of the
-prompt at every turn, and nothing cached could be used again; benchmarks/levers.py measures what that costs."""
+prompt at every turn, and nothing cached could be used again. Half is a choice, not a measurement."""
 _RESERVE = 0.25
 """Of the context, at most, that is kept free for the answer."""
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 ORDER = 3
-"""Tokens that must stand together: two occur by chance too often, four are found too late."""
+"""Tokens that must stand together for the next ones to be guessed. Not tuned."""
 LONGEST = 6
-"""Tokens guessed at once. benchmarks/levers.py measures it."""
+"""Tokens guessed at once. Not tuned."""
 
 
 class PromptLookup:
