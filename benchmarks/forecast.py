@@ -2,14 +2,15 @@
 
     python benchmarks/forecast.py [--json]                           published rows
     python benchmarks/forecast.py --here BOOK FILE... [--ctx 512,2048,8192] [--seconds 240] [--runtime xllamacpp]
+        [--repeats 3]
     python benchmarks/forecast.py --report BOOK [--json]
 
 `--here` measures GGUF files with full contexts, one process for each, and keeps what it finds in BOOK: it can be ended
 and called again, and stops by itself before a setting for which `--seconds` leave no time. The forecast is made of the
 profile `local` (`edgeft devices probe` first, with the same runtime), which was measured with no model of these.
 Peak memory is VmHWM of the process, since `ru_maxrss` begins with the parent's. Decoding is the median of 24 tokens, at
-the start and with the context full, of the fastest of REPEATS answers: the forecast is of a machine with nothing else
-to do.
+the start and with the context full, of the fastest of `--repeats` answers: the forecast is of a machine with nothing
+else to do.
 
 Ends with 1 when what is promised does not hold: memory within 10 %, decoding within 20 %; published rows 12 % in the
 median and none off by more than a factor of 2.
@@ -39,12 +40,14 @@ from edgeft.forecast.memory import Settings, memory
 from edgeft.forecast.speed import decode
 from edgeft.paths import parse_json, write_json
 
-TOKENS, SETTLE, REPEATS = 24, 4, 3
+TOKENS, SETTLE = 24, 4
 """Decoded after each prompt; the first ones are still in the way of the threads that computed it."""
 MEMORY, DECODE = 0.10, 0.20
 
 
-def measure(book: Path, files: Sequence[Path], contexts: Sequence[int], runtime: str, seconds: float) -> None:
+def measure(
+    book: Path, files: Sequence[Path], contexts: Sequence[int], runtime: str, seconds: float, repeats: int
+) -> None:
     """Fill the book; what it has is not measured again."""
     began, longest = time.monotonic(), 0.0
     entries = read(book)
@@ -58,7 +61,7 @@ def measure(book: Path, files: Sequence[Path], contexts: Sequence[int], runtime:
                 return
             started = time.monotonic()
             threads = int(load_profile("local").decode_threads.value)
-            job = Job(str(file), runtime, context, threads, None, (START, 0), TOKENS, REPEATS)
+            job = Job(str(file), runtime, context, threads, None, (START, 0), TOKENS, repeats)
             entries[key] = {"file": str(file), **figures(list(run(job)))}
             longest = max(longest, time.monotonic() - started)
             write_json(book, entries)
@@ -141,6 +144,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ctx", default="512,2048,8192")
     parser.add_argument("--runtime", default="auto")
     parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("files", nargs="*", type=Path)
     return parser.parse_args()
 
@@ -148,7 +152,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     asked = arguments()
     if asked.here:
-        measure(asked.here, asked.files, [int(part) for part in asked.ctx.split(",")], asked.runtime, asked.seconds)
+        contexts = [int(part) for part in asked.ctx.split(",")]
+        measure(asked.here, asked.files, contexts, asked.runtime, asked.seconds, asked.repeats)
         return 0
     if asked.report:
         found = list(rows(asked.report, load_profile("local")))
