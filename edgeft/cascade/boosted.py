@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 Node = Sequence[Any]
 """`[feature, threshold, low, high]`, low for values up to the threshold; a leaf is `[value]` (log-odds)."""
 
-_ROUNDS, _RATE, _DEPTH = 200, 0.08, 2
+_ROUNDS, _RATE, _DEPTH = 200, 0.08, 3
 _FEWEST = 8
 """Examples in a leaf, at least."""
 _RIDGE = 3.0
-_PATIENCE = 15
-"""Rounds without gain on held-out examples after which no more trees are made."""
+_PATIENCE = 40
+"""Rounds without gain on held-out examples after which no more trees are made: where only two features together say
+anything, the first dozen trees may find nothing."""
 _CUTS = 31
 """Thresholds tried per feature, at quantiles of its values."""
 
