@@ -90,7 +90,7 @@ def test_what_a_model_needs_on_every_device(folder: Path, size: tuple[int, int])
     async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
         await pilot.press("slash", *"mine.gguf", "enter", "a")
         await pilot.pause()
-        await pilot.press("down", "down", "enter")  # will it fit?
+        await pilot.press("down", "down", "down", "enter")  # will it fit?
         await until(pilot, lambda: isinstance(app.screen, DevicesScreen) and bool(app.screen.rows))
         screen = app.screen
         assert isinstance(screen, DevicesScreen)
