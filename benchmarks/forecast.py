@@ -10,7 +10,10 @@ and called again, and stops by itself before a setting for which `--seconds` lea
 profile `local` (`edgeft devices probe` first, with the same runtime), which was measured with no model of these.
 Peak memory is VmHWM of the process, since `ru_maxrss` begins with the parent's. Decoding is the median of 24 tokens, at
 the start and with the context full, of the fastest of `--repeats` answers: the forecast is of a machine with nothing
-else to do.
+else to do. A virtual machine's neighbours change its speed from minute to minute, so the probe's own model is timed
+before and after each setting: "pace" is its speed then as a share of what the profile says of it. Errors are given as
+they are and "at that pace", with the forecast multiplied by it: the first say how wrong a user was, the second how much
+of that is the forecast's doing.
 
 Ends with 1 when what is promised does not hold: memory within 10 %, decoding within 20 %; published rows 12 % in the
 median and none off by more than a factor of 2.
@@ -24,6 +27,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,10 +43,15 @@ from edgeft.forecast.find import find_facts
 from edgeft.forecast.memory import Settings, memory
 from edgeft.forecast.speed import decode
 from edgeft.paths import parse_json, write_json
+from edgeft.probe.figures import TOKENS as PROBED
+from edgeft.probe.measure import Bench
+from edgeft.probe.synthetic import sized, write_model
 
 TOKENS, SETTLE = 24, 4
 """Decoded after each prompt; the first ones are still in the way of the threads that computed it."""
 MEMORY, DECODE = 0.10, 0.20
+SPEEDS = ("decode", "decode_full")
+REFERENCE = sized("Q8_0", 80_000_000)
 
 
 def measure(
@@ -50,7 +59,8 @@ def measure(
 ) -> None:
     """Fill the book; what it has is not measured again."""
     began, longest = time.monotonic(), 0.0
-    entries = read(book)
+    entries, device = read(book), load_profile("local")
+    threads = int(device.decode_threads.value)
     for file in files:
         for context in contexts:
             key = f"{file.name} {context} {runtime}"
@@ -60,12 +70,28 @@ def measure(
                 print(f"time is up before {key}", file=sys.stderr)
                 return
             started = time.monotonic()
-            threads = int(load_profile("local").decode_threads.value)
+            before = reference(runtime, threads)
             job = Job(str(file), runtime, context, threads, None, (START, 0), TOKENS, repeats)
             entries[key] = {"file": str(file), **figures(list(run(job)))}
+            entries[key]["reference"] = [before, reference(runtime, threads)]
             longest = max(longest, time.monotonic() - started)
             write_json(book, entries)
             print(key, file=sys.stderr)
+
+
+def reference(runtime: str, threads: int) -> float:
+    """Tokens per second of the probe's own model."""
+    with tempfile.TemporaryDirectory() as folder:
+        return 1 / Bench(Path(folder), runtime).time(REFERENCE, threads, (START,)).seconds
+
+
+def paces(entries: Sequence[dict[str, Any]], device: DeviceProfile) -> list[float | None]:
+    """The machine's speed during each setting, as a share of its speed when it was probed; None where not measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        facts = find_facts(str(write_model(Path(folder) / "reference.gguf", REFERENCE)))
+    expected = decode(facts, device, START + PROBED // 2).value
+    timed = (entry.get("reference") for entry in entries)
+    return [statistics.mean(speeds) / expected if speeds else None for speeds in timed]
 
 
 def figures(events: Sequence[Event]) -> dict[str, Any]:
@@ -90,7 +116,8 @@ def read(book: Path) -> dict[str, Any]:
 
 def rows(book: Path, device: DeviceProfile) -> Iterator[dict[str, Any]]:
     """What was measured, what was forecast, and by how much that is off."""
-    for entry in read(book).values():
+    entries = list(read(book).values())
+    for entry, pace in zip(entries, paces(entries, device), strict=True):
         file = Path(entry["file"])
         facts = find_facts(str(file))
         past = entry["prompt_tokens"] + TOKENS // 2
@@ -99,13 +126,20 @@ def rows(book: Path, device: DeviceProfile) -> Iterator[dict[str, Any]]:
             "decode": (entry["decode"], decode(facts, device, START + TOKENS // 2).value, 1),
             "decode_full": (entry["decode_full"], decode(facts, device, past).value, 1),
         }
-        row: dict[str, Any] = {"model": file.stem, "context": entry["context"], "runtime": entry["runtime"]}
+        row: dict[str, Any] = {
+            "model": file.stem,
+            "context": entry["context"],
+            "runtime": entry["runtime"],
+            "pace": pace,
+        }
         for name, (measured, forecast, scale) in pairs.items():
             row |= {
                 name: measured / scale,
                 f"{name}_forecast": forecast / scale,
                 f"{name}_error": forecast / measured - 1,
             }
+            if pace and name in SPEEDS:
+                row[f"{name}_error_at_pace"] = forecast * pace / measured - 1
         yield row
 
 
@@ -119,21 +153,31 @@ def kept(found: Sequence[dict[str, Any]]) -> bool:
 def table(found: Sequence[dict[str, Any]]) -> str:
     head = (
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores\n\n"
-        "| model | context | peak MB | forecast | error | decode t/s | forecast | error | with a full context "
-        "| forecast | error |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n"
+        "| model | context | peak MB | forecast | error | pace | decode t/s | forecast | error | at that pace "
+        "| with a full context | forecast | error | at that pace |\n|---|" + "--:|" * 13 + "\n"
     )
     lines = [_line(row) for row in found]
-    worst = {name: max(abs(row[f"{name}_error"]) for row in found) for name in ("peak_mb", "decode", "decode_full")}
-    middle = {name: statistics.median(abs(row[f"{name}_error"]) for row in found) for name in worst}
-    said = ", ".join(f"{name} median {middle[name]:.1%}, worst {worst[name]:.1%}" for name in worst)
+    names = ("peak_mb_error", *(f"{name}_error{how}" for name in SPEEDS for how in ("", "_at_pace")))
+    off = {name: [abs(row[name]) for row in found if name in row] for name in names}
+    said = ", ".join(
+        f"{name} median {statistics.median(each):.1%}, worst {max(each):.1%}" for name, each in off.items() if each
+    )
     return head + "".join(lines) + f"\nErrors: {said}.\n"
 
 
 def _line(row: dict[str, Any]) -> str:
-    cells = [row["model"], row["context"]]
-    for name, digits in (("peak_mb", 0), ("decode", 1), ("decode_full", 1)):
-        cells += [f"{row[name]:,.{digits}f}", f"{row[f'{name}_forecast']:,.{digits}f}", f"{row[f'{name}_error']:+.0%}"]
+    cells = [row["model"], row["context"], *_cells(row, "peak_mb", 0), f"{row['pace']:.2f}" if row["pace"] else ""]
+    for name in SPEEDS:
+        cells += [*_cells(row, name, 1), _share(row.get(f"{name}_error_at_pace"))]
     return "| " + " | ".join(map(str, cells)) + " |\n"
+
+
+def _cells(row: dict[str, Any], name: str, digits: int) -> list[str]:
+    return [f"{row[name]:,.{digits}f}", f"{row[f'{name}_forecast']:,.{digits}f}", _share(row[f"{name}_error"])]
+
+
+def _share(error: float | None) -> str:
+    return "" if error is None else f"{error:+.0%}"
 
 
 def arguments() -> argparse.Namespace:
