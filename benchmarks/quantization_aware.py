@@ -126,7 +126,7 @@ def plan(tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, Callable[[Path
 
     for seed in seeds:
         for task in tasks:
-            for method in ("lora", "both"):
+            for method in ("lora", "both") if task == "demo" else ("lora", "aware", "both"):
                 training(task, method, seed)
                 file(task, method, seed, "q4_0")
                 if task == "demo":
@@ -179,13 +179,14 @@ def train_cell(work: Path, task: str, method: str, seed: int) -> dict[str, Any]:
     started = time.process_time()
     config = read_config(out) if resume else TrainConfig(MODEL, str(work / task), out, **settings)
     outcome = train(config, resume=resume)
-    losses = [line["loss"] for line in outcome.run.metrics() if "loss" in line]
+    spent, done = time.process_time() - started, outcome.steps - begun
+    found = [line["loss"] for line in outcome.run.metrics() if "loss" in line]
     return {
         "steps": outcome.steps,
         "tokens": outcome.tokens,
         "seconds": round(outcome.seconds, 1),
-        "cpu_s": round((time.process_time() - started) / (outcome.steps - begun) * outcome.steps, 1),
-        "loss_last_10": round(statistics.mean(losses[-10:]), 4),
+        "cpu_s": round(spent / done * outcome.steps, 1) if done else None,
+        "loss_last_10": round(statistics.mean(found[-10:]), 4),
         "nll_training_graph": outcome.manifest.evaluation["nll_training_graph"],
     }
 
@@ -203,9 +204,9 @@ def file_cell(work: Path, task: str, method: str, seed: int, how: str) -> dict[s
 
 def more_cell(work: Path, task: str, method: str, seed: int) -> dict[str, Any]:
     """Losses of the Q4_0 file on more held-out examples, and as trained where that is another graph."""
-    run = work / "runs" / f"{task}-{method}-{seed}"
     from edgeft.train.batch import learned_count
 
+    run = work / "runs" / f"{task}-{method}-{seed}"
     examples = encoded(work / f"{task}-more")
     found = {"nll": losses(file_graph(write(work, run, method, "q4_0")[0], None), examples)}
     if "target" not in METHODS[method]:
@@ -215,9 +216,9 @@ def more_cell(work: Path, task: str, method: str, seed: int) -> dict[str, Any]:
 
 def valid_cell(work: Path, task: str, method: str, seed: int) -> dict[str, Any]:
     """Per validation example: the sum of the NLL of the Q4_0 file, and its tokens."""
-    out, _, _ = write(work, work / "runs" / f"{task}-{method}-{seed}", method, "q4_0")
     from edgeft.train.batch import learned_count
 
+    out, _, _ = write(work, work / "runs" / f"{task}-{method}-{seed}", method, "q4_0")
     examples = encoded(work / f"{task}-validation", "valid")
     return {
         "nll": losses(file_graph(out, None), examples),

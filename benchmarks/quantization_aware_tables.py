@@ -219,10 +219,10 @@ def compared_table(found: Figures, seed: int = 0) -> Iterator[str]:
                 continue
             trained = found["trainings"][f"{method}/{seed}"]
             head = f"{label}, {row['nll_trained']:.4f}" if first else ""
-            seconds = f"{trained['cpu_s']:.0f}" if first else ""
+            known = f"{trained['cpu_s']:.0f}" if trained["cpu_s"] else "–"
             exact = f"{100 * row['exact_match']:.1f} %" if "exact_match" in row else "–"
             yield (
                 f"| {head} | {shipped} | {row['bytes'] / 1e6:.1f} | {row['nll']:.4f} | {row['kl']:.4f} | "
-                f"{100 * row['same']:.1f} % | {exact} | {seconds} |"
+                f"{100 * row['same']:.1f} % | {exact} | {known if first else ''} |"
             )
             first = False
