@@ -1,5 +1,5 @@
-"""Write cli.md from the commands, gguf-models.md and parity.md from the tests, forecast.md from a benchmark's data, or
-check that they are up to date.
+"""Write cli.md from the commands, gguf-models.md and parity.md from the tests, forecast.md and tables of other pages from
+benchmarks' data, or check that they are up to date.
 
 python docs/generate.py [--check]
 """
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import parity_types
 import published
+import quantization_aware_tables
 import tiny_families
 from edgeft.converters.families import FAMILIES
 from edgeft.converters.families.family import Family
@@ -119,6 +120,7 @@ def main() -> int:
         MODELS: "".join(models()),
         PARITY: "".join(parity()),
         FORECAST: published.page(published.Published()),
+        **quantization_aware_tables.pages(),
     }
     if "--check" not in sys.argv:
         for file, text in pages.items():

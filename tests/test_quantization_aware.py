@@ -24,9 +24,9 @@ from edgeft.models.torch_grid import FORMULAS, values
 from edgeft.plugins import ConvertOptions, Source
 from edgeft.progress import Silent
 from edgeft.run import Run
-from edgeft.train import Interrupted, read_config, train
+from edgeft.train import Interrupted, read_config, rounded, train
 from edgeft.train.aware_gguf import first_rounded, tensor_types
-from edgeft.train.rounded import Merged, RoundedLinear
+from edgeft.train.rounded import Merged, RoundedLinear, scale_gradient
 from edgeft.verify.codes import check_codes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*")
@@ -240,7 +240,10 @@ def test_what_is_scored_is_what_the_file_computes(base: Path, data: Path, tmp_pa
 
 
 @pytest.mark.parametrize("tune", ["adapter", "both"])
-def test_a_resumed_run_is_the_same_run(tune: str, base: Path, data: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_same_run(
+    tune: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounded, "_FEWEST", 8)  # the steps here have few tokens, and some are to be drawn
     config = aware(base, data, tmp_path / "whole", quantize_after=0.4, epochs=4, tune=tune)
     whole = train(config).run
     for at in (2, 6):  # before rounding begins, and after
@@ -305,9 +308,31 @@ def test_gradients_of_scales_are_those_of_rounding_as_the_identity() -> None:
     assert torch.equal(merged.grid.unpack(merged.pack(), 64), merged.rounded())  # type: ignore[attr-defined]
 
 
-def test_layers_rounded_together_are_those_rounded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgeft.train import rounded
+def test_gradients_of_scales_of_many_tokens_are_on_average_those_of_all() -> None:
+    torch.manual_seed(0)
+    grad, x, weight = torch.randn(600, 8), torch.randn(600, 64) + 0.5, torch.randn(8, 64)
+    grad[100:] *= 0.05  # most tokens say little
+    change = torch.zeros(8, 2)
+    whole = ((grad.t() @ x) * weight).view(8, 2, 32).sum(-1)
+    drawn = torch.stack([scale_gradient(grad, x, weight, change) for _ in range(400)])
+    any_quarter = torch.stack([quarter(grad, x, weight) for _ in range(400)])
+    spread, wider = ((found - whole).square().mean().sqrt() for found in (drawn, any_quarter))
+    assert 0 < spread < 0.6 * wider
+    torch.testing.assert_close(drawn.mean(0), whole, rtol=0, atol=5 * float(spread) / 20)
 
+
+def quarter(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same of tokens that are all as likely."""
+    drawn = torch.randperm(len(grad))[: len(grad) // 4]
+    return 4 * ((grad[drawn].t() @ x[drawn]) * weight).view(8, 2, 32).sum(-1)
+
+
+def test_tokens_without_a_gradient_are_no_trouble() -> None:
+    grad, x = torch.zeros(600, 8), torch.randn(600, 64)
+    assert torch.equal(scale_gradient(grad, x, torch.randn(8, 64), torch.zeros(8, 2)), torch.zeros(8, 2))
+
+
+def test_layers_rounded_together_are_those_rounded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
     def layers() -> list[Merged]:

@@ -16,7 +16,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -398,33 +398,40 @@ def _style(text: str, dice: Dice) -> str:
 # --- The data set ---------------------------------------------------------------------
 
 
-def commands(split: Split) -> Iterator[Command]:
-    """A split's commands in their final order; no sentence occurs twice."""
-    dice = Dice(f"{SEED}/{split}")
-    seen: set[str] = set()
+def commands(split: Split, size: int | None = None, seed: int = SEED, taken: Iterable[str] = ()) -> Iterator[Command]:
+    """A split's commands in their final order; no sentence occurs twice.
+
+    Args:
+        size: how many; by default as many as the data set has.
+        seed: another one gives other commands of the same words and templates.
+        taken: sentences without politeness that are not to occur.
+    """
+    size = SIZES[split] if size is None else size
+    dice = Dice(f"{seed}/{split}")
+    seen = set(taken)
     made: list[Command] = []
     total = 0.0
     for name, intent in INTENTS.items():
         total += intent.share
         # Rounding the running total makes the parts add up.
-        wanted = round(total * SIZES[split]) - len(made)
+        wanted = round(total * size) - len(made)
         while wanted:
             command = make_command(name, split, dice)
             if command is not None and command.core not in seen:
                 seen.add(command.core)
                 made.append(command)
                 wanted -= 1
-    return iter(sorted(made, key=lambda command: sha256(f"{SEED}/{command.text}".encode()).digest()))
+    return iter(sorted(made, key=lambda command: sha256(f"{seed}/{command.text}".encode()).digest()))
 
 
-def lines(split: Split) -> str:
-    """The split as JSONL in the messages format."""
+def lines(made: Iterable[Command]) -> str:
+    """Commands as JSONL in the messages format."""
 
     def line(command: Command) -> str:
         pairs = (("system", SYSTEM), ("user", command.text), ("assistant", command.call.json()))
         return json.dumps({"messages": [{"role": role, "content": content} for role, content in pairs]})
 
-    return "".join(line(command) + "\n" for command in commands(split))
+    return "".join(line(command) + "\n" for command in made)
 
 
 def write(folder: Path) -> None:
@@ -433,7 +440,7 @@ def write(folder: Path) -> None:
     Raises:
         WriteError: when the folder cannot be written.
     """
-    texts = {split: lines(split) for split in SPLITS}
+    texts = {split: lines(commands(split)) for split in SPLITS}
     for split, text in texts.items():
         write_text(folder / f"{split}.jsonl", text)
     splits = {
