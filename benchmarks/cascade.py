@@ -26,6 +26,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cascade_questions import TASKS, Purpose, examples
+
 from edgeft.cascade.answers import AnswerFile, Case, Collector
 from edgeft.cascade.calibration import Calibration
 from edgeft.cascade.metrics import curve, interval
@@ -42,8 +44,11 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 MODEL, TARGETS = "smollm2-135m", {"heavy": "gguf-q8_0", "light": "gguf-q4_0"}
-EXAMPLES = {"heavy": 1500, "light": 300}
-"""Per task; those of the light model are the first of the heavy one's."""
+EXAMPLES: Mapping[str, Mapping[str, int]] = {
+    "heavy": {"home": 800, "dates": 900, "orders": 600, "sort": 900},
+    "light": {"home": 250, "dates": 250, "orders": 150, "sort": 450},
+}
+"""Those of the light model are the first of the heavy one's."""
 MAX_TOKENS, STEP_TOKENS, RATE, RANK = 24, 512, 2e-3, 16
 SEEDS, RESPLITS, ROUNDS = range(5), 1000, 2000
 ALPHAS = (0.05, 0.1, 0.15)
@@ -71,47 +76,6 @@ redact = false
 enabled = false
 """
 
-# --- Questions ------------------------------------------------------------------
-
-SYSTEM = "Reply with the result only."
-WORDS = (
-    "red moon tree dog blue fish car stone rain bird house river green book lamp door wind snow road ship gold fire"
-    " sand milk bread chair table cloud star leaf"
-)
-
-
-def sums(choose: random.Random) -> tuple[str, str]:
-    one, two = (choose.randrange(10 ** choose.randint(1, 2)) for _ in range(2))
-    return f"Add {one} and {two}.", str(one + two)
-
-
-def reversals(choose: random.Random) -> tuple[str, str]:
-    words = choose.sample(WORDS.split(), choose.randint(2, 6))
-    return f"Reverse: {' '.join(words)}", " ".join(reversed(words))
-
-
-def sorting(choose: random.Random) -> tuple[str, str]:
-    numbers = choose.sample(range(100), choose.randint(3, 5))
-    return f"Sort: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
-
-
-TASKS: Mapping[str, Callable[[random.Random], tuple[str, str]]] = {"sum": sums, "reverse": reversals, "sort": sorting}
-
-
-def examples(task: str, training: int, questions: int) -> tuple[list[Example], list[Example]]:
-    """Of one task, all different: to train on and to ask. More questions leave the first ones as they are."""
-    choose, found = random.Random(f"cascade {task}"), dict[str, str]()
-    while len(found) < training + questions:
-        found.setdefault(*TASKS[task](choose))
-    every = [_example(*pair) for pair in found.items()]
-    return every[:training], every[training:]
-
-
-def _example(question: str, answer: str) -> Example:
-    turns = (("system", SYSTEM), ("user", question), ("assistant", answer))
-    return Example(messages=tuple({"role": role, "content": text} for role, text in turns))
-
-
 # --- The two models -------------------------------------------------------------
 
 
@@ -125,7 +89,7 @@ def make_model(work: Path, name: str) -> None:
     file, run, data = work / f"{name}.gguf", work / "runs" / name, work / f"train-{name}"
     if file.is_file():
         return
-    lessons = [one for task in TASKS for one in examples(task, max(EXAMPLES.values()), 0)[0][: EXAMPLES[name]]]
+    lessons = [one for task, count in EXAMPLES[name].items() for one in examples(task, "training", count)]
     random.Random(0).shuffle(lessons)
     data.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"messages": list(one.messages)}) + "\n" for one in lessons)
