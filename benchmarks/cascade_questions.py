@@ -35,18 +35,19 @@ def home(dice: random.Random) -> Pair:
 
 # --- Dates ----------------------------------------------------------------------
 
-_ORDINALS = (
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth"
-    " sixteenth seventeenth eighteenth nineteenth twentieth"
-).split()
-ORDINALS = [*_ORDINALS, *(f"twenty-{one}" for one in _ORDINALS[:9]), "thirtieth", "thirty-first"]
+_WORDS = """
+    first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth
+    sixteenth seventeenth eighteenth nineteenth twentieth"""
+ORDINALS = [*_WORDS.split(), *(f"twenty-{one}" for one in _WORDS.split()[:9]), "thirtieth", "thirty-first"]
 FORMATS: Mapping[str, float] = {
-    "{d} {month} {y}": 3, "{month} {d}, {y}": 3, "{weekday}, {d} {mon} {y}": 2, "{d}.{m}.{y}": 2, "{mon} {d} '{yy:02}": 1,
-    "{m}/{d}/{yy:02} (US)": 2, "{d}/{m}/{yy:02} (UK)": 2, "the {ordinal} of {month} {y}": 2,
+    "{d} {month} {y}": 3, "{month} {d}, {y}": 3, "{weekday}, {d} {mon} {y}": 2, "{d}.{m}.{y}": 2,
+    "{mon} {d} '{yy:02}": 1, "{m}/{d}/{yy:02} (US)": 2, "{d}/{m}/{yy:02} (UK)": 2,
+    "the {ordinal} of {month} {y}": 2,
 }  # fmt: skip
 """How a date is written, and how often."""
 SHIFTS: Mapping[str, tuple[int, float]] = {
-    "": (0, 11), "the day after ": (1, 2), "the day before ": (-1, 2), "a week after ": (7, 2), "a week before ": (-7, 2),
+    "": (0, 11), "the day after ": (1, 2), "the day before ": (-1, 2), "a week after ": (7, 2),
+    "a week before ": (-7, 2),
 }  # fmt: skip
 
 
@@ -64,29 +65,29 @@ def dates(dice: random.Random) -> Pair:
 
 # --- Orders ---------------------------------------------------------------------
 
-FIRST = "Ann Ben Carl Dora Emil Fay Greta Hugo Ida Jon Kim Lena Max Nora Otto Paul Rosa Sam Tina Vera".split()
-LAST = "Lee Hill Moss Berg Stone Fox Kent Park Ross Wood Vance Ortiz Novak Silva Haas Young".split()
-STREETS = "Mill Oak River Church Station Garden Castle Bridge Lake School Market Forest".split()
+FIRST = "Ann Ben Carl Dora Emil Fay Greta Hugo Ida Jon Kim Lena Max Nora Otto Paul Rosa Sam Tina Vera"
+LAST = "Lee Hill Moss Berg Stone Fox Kent Park Ross Wood Vance Ortiz Novak Silva Haas Young"
+STREETS = "Mill Oak River Church Station Garden Castle Bridge Lake School Market Forest"
 WAYS = ("Road", "Street", "Lane", "Avenue")
-THINGS = "lamps chairs tables mugs plates shelves rugs clocks vases pillows towels candles".split()
-COLOURS = "red blue green white black grey".split()
+THINGS = "lamps chairs tables mugs plates shelves rugs clocks vases pillows towels candles"
+COLOURS = "red blue green white black grey"
 
 
 def orders(dice: random.Random) -> Pair:
     """A short order and one question about it: a field, a count, a sum, or something it does not say."""
-    things = dice.sample(THINGS, dice.randint(2, 3))
+    things = dice.sample(THINGS.split(), dice.randint(2, 3))
     counts = [dice.randint(2, 30) for _ in things]
-    said = [f"{count} {dice.choice(COLOURS)} {thing}" for count, thing in zip(counts, things, strict=True)]
-    name = f"{dice.choice(FIRST)} {dice.choice(LAST)}"
-    other = f"{dice.choice(FIRST)} {dice.choice(LAST)}"
-    street = f"{dice.randint(1, 99)} {dice.choice(STREETS)} {dice.choice(WAYS)}"
+    said = [f"{count} {dice.choice(COLOURS.split())} {thing}" for count, thing in zip(counts, things, strict=True)]
+    name = f"{dice.choice(FIRST.split())} {dice.choice(LAST.split())}"
+    other = f"{dice.choice(FIRST.split())} {dice.choice(LAST.split())}"
+    street = f"{dice.randint(1, 99)} {dice.choice(STREETS.split())} {dice.choice(WAYS)}"
     text = dice.choice((
         "{name} orders {items}, to {street}.", "Send {items} to {street}. {name}", "{items} for {name}, {street}",
         "{other} called: {items} for {name}, deliver to {street}.",
         "{name} wants {items}. The bill goes to {other}, the goods to {street}.",
     )).format(name=name, other=other, street=street, items=f"{', '.join(said[:-1])} and {said[-1]}")  # fmt: skip
     place = dice.randrange(len(things))
-    missing = dice.choice([thing for thing in THINGS if thing not in things])
+    missing = dice.choice([thing for thing in THINGS.split() if thing not in things])
     asked, answer = dice.choices(
         [
             ("Who gets it?", name), ("Where to?", street), (f"How many {things[place]}?", str(counts[place])),

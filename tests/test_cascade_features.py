@@ -103,13 +103,14 @@ def test_the_loss_of_what_was_left_out_is_that_of_fits_without_it() -> None:
 
 
 def worded(count: int, seed: int, told: bool = True) -> list[Case]:
-    """The device cannot "multiply"; it is as sure of that as of the rest, and more sure of what it has wrong elsewhere."""
+    """The device cannot "multiply", and is as sure of that as of the rest."""
     choose, found = random.Random(seed), []
     for number in range(count):
         verb = choose.choice(("add", "subtract", "double", "halve", "multiply"))
         wrong = choose.random() < (0.9 if verb == "multiply" else 0.2) if told else choose.random() < 0.35
         tokens = tuple(Token(-choose.expovariate(3)) for _ in range(6))
-        prompt = f"{verb} {choose.randrange(100)} and {choose.randrange(100)}"
+        others = " ".join(f"x{chr(97 + choose.randrange(26))}{chr(97 + choose.randrange(26))}" for _ in range(4))
+        prompt = f"{verb} {choose.randrange(100)} and {choose.randrange(100)} {others}"
         made = features(tokens, prompt, True, False)
         found.append(Case(f"{seed}-{number}", made, tokens, not wrong, choose.random() < 0.97, 0.01))
     return found
@@ -124,7 +125,7 @@ def apgr(found: Calibration, unseen: list[Case]) -> float:
 
 def test_a_word_that_tells_what_the_device_cannot_is_found() -> None:
     found = tune(worded(300, 0), PolicySettings(), "learned", Goal("quality", 0.95), "x")
-    assert apgr(found, worded(1000, 1)) > 0.68  # 0.5 by anything that knows no words
+    assert apgr(found, worded(1000, 1)) > 0.63  # 0.5 by anything that knows no words
 
 
 def test_where_no_word_tells_anything_little_is_made_of_any() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import zlib
@@ -137,7 +138,7 @@ def ngrams(prompt: str) -> dict[str, float]:
     words = [f"#{len(word)}" if word.isdigit() else word for word in _WORD.findall(prompt.casefold())]
     if len(words) > 2 * _ENDS:
         words = [*words[:_ENDS], *words[-_ENDS:]]
-    pairs = [f"{one} {other}" for one, other in zip(words, words[1:], strict=False)]
+    pairs = [f"{one} {other}" for one, other in itertools.pairwise(words)]
     filled = {zlib.crc32(gram.encode()) % BUCKETS for gram in (*words, *pairs)}
     return {f"{NGRAM}{place:03d}": float(place in filled) for place in range(BUCKETS)}
 
