@@ -1,6 +1,6 @@
 """A real cascade on this machine: is a learned policy better than confidence, and is a certified risk kept?
 
-    python benchmarks/cascade.py --work FOLDER [--questions 400] [--only heavy|light|answers|report] [--json]
+    python benchmarks/cascade.py --work FOLDER [--questions 600] [--only heavy|light|answers|report] [--json]
 
 Three tasks made by code, of varying difficulty: sums, word lists reversed, numbers sorted. The cloud is SmolLM2-135M
 trained on them (Q8_0) behind `edgeft serve` on loopback; the device is the same base trained on a part of that (Q4_0),
@@ -336,7 +336,7 @@ def row(cells: Sequence[object]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data, runs, models and answers")
-    parser.add_argument("--questions", type=int, default=400, help="per task")
+    parser.add_argument("--questions", type=int, default=600, help="per task")
     parser.add_argument("--only", choices=("heavy", "light", "answers", "report"), help="this step alone")
     parser.add_argument("--purpose", choices=("development", "reported"), default="reported", help="which questions")
     parser.add_argument("--tasks", default=",".join(TASKS))
