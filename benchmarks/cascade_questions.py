@@ -7,6 +7,7 @@ Of each task there are three sets without a common question: to train both model
 from __future__ import annotations
 
 import datetime
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
@@ -113,6 +114,8 @@ def sort(dice: random.Random) -> Pair:
 
 
 TASKS: Mapping[str, Callable[[random.Random], Pair]] = {"home": home, "dates": dates, "orders": orders, "sort": sort}
+FEWEST_NUMBERS = 3
+"""Of a reported question of "sort": of 40 development ones the device had 28 right, 9 of the 10 with two among them."""
 
 
 def examples(task: str, purpose: Purpose, count: int) -> list[Example]:
@@ -120,7 +123,9 @@ def examples(task: str, purpose: Purpose, count: int) -> list[Example]:
     sizes: Mapping[Purpose, int] = {"training": TRAINING, "development": DEVELOPMENT, "reported": count}
     stream, taken = _different(task), list[Pair]()
     for each, size in sizes.items():
-        taken = [next(stream) for _ in range(size)]
+        if each == "reported" and task == "sort":
+            stream = (pair for pair in stream if len(pair[1].split()) >= FEWEST_NUMBERS)
+        taken = list(itertools.islice(stream, size))
         if each == purpose:
             break
     return [_example(task, *pair) for pair in taken[:count]]

@@ -93,11 +93,11 @@ def test_the_loss_of_what_was_left_out_is_that_of_fits_without_it() -> None:
     inputs = np.hstack([choose.normal(size=(80, 6)), np.ones((80, 1))])
     target = (choose.random(80) < 1 / (1 + np.exp(-2 * inputs[:, 0]))).astype(float)
     for ridge in (1.0, 10.0):
-        _, quick = _newton(inputs, target, np.full(7, ridge))
+        _, quick = _newton(inputs, target, np.full(7, ridge), np.zeros(7))
         losses = []
         for place in range(80):
             others = np.arange(80) != place
-            weights, _ = _newton(inputs[others], target[others], np.full(7, ridge))
+            weights, _ = _newton(inputs[others], target[others], np.full(7, ridge), np.zeros(7))
             losses.append(np.logaddexp(0, inputs[place] @ weights) - target[place] * (inputs[place] @ weights))
         assert quick == pytest.approx(np.mean(losses), abs=0.003)
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 SCHEMA = 1
-RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-WORD_RIDGES = (0.5, 1.0, 3.0, 10.0, 30.0)
-"""Tried from the weakest to the strongest."""
+RIDGES = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0)
+WORD_RIDGES = (30.0, 10.0, 3.0, 1.0, 0.5)
+"""Tried from the strongest to the weakest, each fit beginning at the one before."""
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,20 @@ def _chosen(inputs: Floats, words: NDArray[np.bool_], target: Floats) -> Floats:
     import numpy as np
 
     weights, best, chosen = np.zeros(inputs.shape[1]), math.inf, 0.0
+    found = weights[~words]
     for ridge in RIDGES:
-        found, loss = _newton(inputs[:, ~words], target, ridge * np.ones((~words).sum()))
+        found, loss = _newton(inputs[:, ~words], target, np.full(len(found), ridge), found)
         if loss < best:
             best, chosen, weights[~words] = loss, ridge, found
+    found = weights
     for ridge in WORD_RIDGES if words.any() else ():
-        found, loss = _newton(inputs, target, np.where(words, ridge, chosen))
+        found, loss = _newton(inputs, target, np.where(words, ridge, chosen), found)
         if loss < best:
             best, weights = loss, found
     return weights
 
 
-def _newton(inputs: Floats, target: Floats, penalty: Floats) -> tuple[Floats, float]:
+def _newton(inputs: Floats, target: Floats, penalty: Floats, start: Floats) -> tuple[Floats, float]:
     """Weights, the constant last, and the mean leave-one-out loss (nats).
 
     Leaving one example out moves its log-odds by (p - y) h / (1 - w h) to second order, with w = p (1 - p) and
@@ -136,8 +138,7 @@ def _newton(inputs: Floats, target: Floats, penalty: Floats) -> tuple[Floats, fl
     """
     import numpy as np
 
-    weights = np.zeros(inputs.shape[1])
-    penalty = penalty.copy()
+    weights, penalty = start, penalty.copy()
     penalty[-1] = 1e-3  # the constant is free, but finite where only one class was seen
     for _ in range(50):
         probability = 1 / (1 + np.exp(-np.clip(inputs @ weights, -30, 30)))
@@ -145,7 +146,7 @@ def _newton(inputs: Floats, target: Floats, penalty: Floats) -> tuple[Floats, fl
         curvature = (inputs * (probability * (1 - probability))[:, None]).T @ inputs + np.diag(penalty)
         step = np.linalg.solve(curvature, gradient)
         weights = weights - np.clip(step, -5, 5)
-        if float(np.abs(step).max()) < 1e-8:
+        if float(np.abs(step).max()) < 1e-7:
             break
     spread = probability * (1 - probability)
     leverage = np.einsum("ij,ji->i", inputs, np.linalg.solve(curvature, inputs.T))
