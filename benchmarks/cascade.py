@@ -1,6 +1,6 @@
 """A real cascade on this machine: is a learned policy better than confidence, and is a certified risk kept?
 
-    python benchmarks/cascade.py --work FOLDER [--questions 400] [--only heavy|light|answers|report] [--json]
+    python benchmarks/cascade.py --work FOLDER [--questions 600] [--only heavy|light|answers|report] [--json]
 
 Three tasks made by code, of varying difficulty: sums, word lists reversed, numbers sorted. The cloud is SmolLM2-135M
 trained on them (Q8_0) behind `edgeft serve` on loopback; the device is the same base trained on a part of that (Q4_0),
@@ -22,17 +22,16 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cascade_questions import TASKS, Purpose, examples
+
 from edgeft.cascade.answers import AnswerFile, Case, Collector
-from edgeft.cascade.calibration import Calibration
 from edgeft.cascade.metrics import curve, interval
-from edgeft.cascade.report import CONFIDENCE
 from edgeft.cascade.settings import PolicySettings
-from edgeft.cascade.tune import Goal, choose, fitted, halves, outcome, policy_for, risks, tune
-from edgeft.data.example import Example
+from edgeft.cascade.tune import Goal, choose, fitted, fitted_policy, grown, halves, outcome, policy_for, risks
 from edgeft.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -42,14 +41,20 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 MODEL, TARGETS = "smollm2-135m", {"heavy": "gguf-q8_0", "light": "gguf-q4_0"}
-EXAMPLES = {"heavy": 1500, "light": 300}
-"""Per task; those of the light model are the first of the heavy one's."""
-MAX_TOKENS, STEP_TOKENS, RATE, RANK = 24, 512, 2e-3, 16
+EXAMPLES: Mapping[str, Mapping[str, int]] = {
+    "heavy": {"home": 800, "dates": 900, "orders": 600, "sort": 900},
+    "light": {"home": 150, "dates": 200, "orders": 120, "sort": 400},
+}
+"""Those of the light model are the first of the heavy one's."""
+MAX_TOKENS, STEP_TOKENS, RATE, RANK = 64, 512, 2e-3, 16
 SEEDS, RESPLITS, ROUNDS = range(5), 1000, 2000
 ALPHAS = (0.05, 0.1, 0.15)
 """Certified risks: shares of answers kept though wrong, while the cloud's was right."""
 CERTAINTIES = (0.95, 0.99)
 """Of the measured half, which is a sample itself, the first is broken more often than in one of twenty."""
+LOGPROBS = {"mean": "logprob_mean", "sum": "logprob_sum", "least": "logprob_q00"}
+"""Of the answer's tokens: Chow-Average, Chow-Sum (the probability of the whole answer) and the least certain one."""
+CONFIDENCES, SIGNALS = ("mean", "sum"), (*LOGPROBS, "quantile", "margin", "entropy")
 BATCH = 25
 """Questions between two lines of progress."""
 
@@ -71,47 +76,6 @@ redact = false
 enabled = false
 """
 
-# --- Questions ------------------------------------------------------------------
-
-SYSTEM = "Reply with the result only."
-WORDS = (
-    "red moon tree dog blue fish car stone rain bird house river green book lamp door wind snow road ship gold fire"
-    " sand milk bread chair table cloud star leaf"
-)
-
-
-def sums(choose: random.Random) -> tuple[str, str]:
-    one, two = (choose.randrange(10 ** choose.randint(1, 2)) for _ in range(2))
-    return f"Add {one} and {two}.", str(one + two)
-
-
-def reversals(choose: random.Random) -> tuple[str, str]:
-    words = choose.sample(WORDS.split(), choose.randint(2, 6))
-    return f"Reverse: {' '.join(words)}", " ".join(reversed(words))
-
-
-def sorting(choose: random.Random) -> tuple[str, str]:
-    numbers = choose.sample(range(100), choose.randint(3, 5))
-    return f"Sort: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
-
-
-TASKS: Mapping[str, Callable[[random.Random], tuple[str, str]]] = {"sum": sums, "reverse": reversals, "sort": sorting}
-
-
-def examples(task: str, training: int, questions: int) -> tuple[list[Example], list[Example]]:
-    """Of one task, all different: to train on and to ask. More questions leave the first ones as they are."""
-    choose, found = random.Random(f"cascade {task}"), dict[str, str]()
-    while len(found) < training + questions:
-        found.setdefault(*TASKS[task](choose))
-    every = [_example(*pair) for pair in found.items()]
-    return every[:training], every[training:]
-
-
-def _example(question: str, answer: str) -> Example:
-    turns = (("system", SYSTEM), ("user", question), ("assistant", answer))
-    return Example(messages=tuple({"role": role, "content": text} for role, text in turns))
-
-
 # --- The two models -------------------------------------------------------------
 
 
@@ -125,7 +89,7 @@ def make_model(work: Path, name: str) -> None:
     file, run, data = work / f"{name}.gguf", work / "runs" / name, work / f"train-{name}"
     if file.is_file():
         return
-    lessons = [one for task in TASKS for one in examples(task, max(EXAMPLES.values()), 0)[0][: EXAMPLES[name]]]
+    lessons = [one for task, count in EXAMPLES[name].items() for one in examples(task, "training", count)]
     random.Random(0).shuffle(lessons)
     data.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"messages": list(one.messages)}) + "\n" for one in lessons)
@@ -143,7 +107,7 @@ def make_model(work: Path, name: str) -> None:
 # --- Answers --------------------------------------------------------------------
 
 
-def answer(work: Path, tasks: Sequence[str], questions: int, threads: int) -> dict[str, list[Case]]:
+def answer(work: Path, tasks: Sequence[str], purpose: Purpose, questions: int, threads: int) -> dict[str, list[Case]]:
     """Both sides' answers, of every task; asked where they are not yet known. The server's port changes nothing."""
     import tempfile
 
@@ -160,14 +124,14 @@ def answer(work: Path, tasks: Sequence[str], questions: int, threads: int) -> di
         with serving(Path(folder), f"{heavy}={work / 'heavy.gguf'}", *options) as server:
             file = work / f"cascade-{'-'.join(tasks)}.toml"
             write_text(file, CASCADE.format(url=server.url, heavy=heavy, threads=threads))
-            return {task: collect(file, task, questions) for task in tasks}
+            return {task: collect(file, task, purpose, questions) for task in tasks}
 
 
-def collect(file: Path, task: str, questions: int) -> list[Case]:
+def collect(file: Path, task: str, purpose: Purpose, questions: int) -> list[Case]:
     from edgeft.cascade import Cascade
     from edgeft.progress import Silent
 
-    asked, found = examples(task, max(EXAMPLES.values()), questions)[1], list[Case]()
+    asked, found = examples(task, purpose, questions), list[Case]()
     began = time.monotonic()
     with Cascade.open(file, calibrated=False) as cascade:
         answers = AnswerFile(file.parent / f"answers-{task}.jsonl")
@@ -184,7 +148,7 @@ def collect(file: Path, task: str, questions: int) -> list[Case]:
 
 def report(cases: Mapping[str, Sequence[Case]], resplits: int = RESPLITS, rounds: int = ROUNDS) -> dict[str, Any]:
     tasks = {task: judged(every, rounds) for task, every in cases.items()}
-    above = [each["above_confidence"] for each in tasks.values()]
+    above = [each["above"]["confidence"] for each in tasks.values()]
     return {
         "tasks": tasks,
         "learned_apgr": sum(each["apgr"]["learned"] for each in tasks.values()) / len(tasks),
@@ -201,12 +165,16 @@ def split(cases: Sequence[Case], seed: int) -> tuple[list[int], list[int]]:
 
 
 def judged(cases: Sequence[Case], rounds: int) -> dict[str, Any]:
-    """APGR of every policy over the seeds, and how far the learned one is above confidence."""
+    """APGR of every policy over the seeds, and how far the learned one is above confidence and the best signal.
+
+    Confidence is the better of the two that are used for it, and the best signal the best of all, as the judged halves
+    show: a choice that nobody could make beforehand, in favour of what is to be beaten.
+    """
     import numpy as np
 
     local, cloud, cost = columns(cases)
-    settings, splits = PolicySettings(), [split(cases, seed) for seed in SEEDS]
-    found = [policy_risks(cases, settings, tuned, str(seed)) for seed, (tuned, _) in zip(SEEDS, splits, strict=True)]
+    splits = [split(cases, seed) for seed in SEEDS]
+    found = [policy_risks(cases, tuned) for tuned, _ in splits]
     held = [np.array(test) for _, test in splits]
 
     def apgr(name: str, weights: NDArray[np.int64]) -> float:
@@ -216,27 +184,36 @@ def judged(cases: Sequence[Case], rounds: int) -> dict[str, Any]:
             each.append(curve(risk[name][rows], local[rows], cloud[rows], cost[rows]).apgr)
         return float(np.mean(each))
 
-    def judged_halves(name: str) -> list[tuple[Floats, ...]]:
-        each = zip(found, held, strict=True)
-        return [(risk[name][test], local[test], cloud[test], cost[test]) for risk, test in each]
+    def asked_at(name: str, share: float) -> float:
+        each = (
+            curve(risk[name][test], local[test], cloud[test], cost[test])
+            for risk, test in zip(found, held, strict=True)
+        )
+        return float(np.mean([one.reaching(share)[0] for one in each]))
 
     generator, size = np.random.default_rng(0), len(cases)
-    once, again = np.ones(size, dtype=np.int64), list[float]()
+    figures = {name: apgr(name, np.ones(size, dtype=np.int64)) for name in found[0]}
+    rivals = {"confidence": max(CONFIDENCES, key=figures.__getitem__), "signal": max(SIGNALS, key=figures.__getitem__)}
+    again: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         weights = np.bincount(generator.integers(0, size, size), minlength=size)
-        again.append(apgr("learned", weights) - apgr(CONFIDENCE, weights))
-    low, high = interval(again)
-    figures = {name: apgr(name, once) for name in found[0]}
+        learned = apgr("learned", weights)
+        for name, rival in rivals.items():
+            again[name].append(learned - apgr(rival, weights))
     return {
         "questions": size,
         "local_quality": float(local.mean()),
         "cloud_quality": float(cloud.mean()),
         "worth_asking": float(((local == 0) & (cloud == 1)).mean()),
         "apgr": figures,
-        "above_confidence": {"mean": figures["learned"] - figures[CONFIDENCE], "low": low, "high": high},
-        "deferred_at_95": {
-            name: float(np.mean([curve(*rows).reaching(0.95)[0] for rows in judged_halves(name)])) for name in found[0]
+        "rivals": rivals,
+        "above": {
+            name: dict(
+                zip(("mean", "low", "high"), (figures["learned"] - figures[rivals[name]], *interval(each)), strict=True)
+            )
+            for name, each in again.items()
         },
+        "asked_for_95": {name: asked_at(name, 0.95) for name in figures},
     }
 
 
@@ -247,16 +224,19 @@ def columns(cases: Sequence[Case]) -> tuple[Floats, Floats, Floats]:
     return local, cloud, cost
 
 
-def policy_risks(cases: Sequence[Case], settings: PolicySettings, tuned: Sequence[int], salt: str) -> dict[str, Floats]:
+def policy_risks(cases: Sequence[Case], tuned: Sequence[int]) -> dict[str, Floats]:
     """Of all cases, by policies that saw only those at `tuned`."""
     import numpy as np
 
     local, cloud, _ = columns(cases)
-    calibration = tune([cases[place] for place in tuned], settings, "learned", Goal("quality", 0.95), "", salt)
-    names = ("learned", "quantile", "margin", "entropy")
-    found = {name: np.array(risks(policy_for(settings, name, calibration), cases)) for name in names}
-    confidence = np.array([-case.features["logprob_mean"] for case in cases])
-    return {**found, CONFIDENCE: confidence, "random": np.zeros(len(cases)), "oracle": cloud - local}
+    seen = [cases[place] for place in tuned]
+    fits = {"learned": fitted(seen), "boosted": grown(seen)}
+    found = {name: np.array(risks(fitted_policy(name, parts), cases)) for name, parts in fits.items()}
+    for name in ("quantile", "margin", "entropy"):
+        found[name] = np.array(risks(policy_for(PolicySettings(), name), cases))
+    for name, feature in LOGPROBS.items():
+        found[name] = np.array([-case.features[feature] for case in cases])
+    return {**found, "random": np.zeros(len(cases)), "oracle": cloud - local}
 
 
 def kept(cases: Sequence[Case], resplits: int) -> dict[str, Any]:
@@ -264,13 +244,13 @@ def kept(cases: Sequence[Case], resplits: int) -> dict[str, Any]:
 
     The steps of `tune`, with one fit for all goals.
     """
-    settings, goals = PolicySettings(), [Goal("risk", alpha, sure) for alpha in ALPHAS for sure in (None, *CERTAINTIES)]
+    goals = [Goal("risk", alpha, sure) for alpha in ALPHAS for sure in (None, *CERTAINTIES)]
     found: dict[str, list[dict[str, float]]] = {str(goal): [] for goal in goals}
     refused: dict[str, str] = {}
     for seed in range(resplits):
         tuned, test = split(cases, 1000 + seed)
         fit, hold = halves([cases[place] for place in tuned], str(seed))
-        policy = policy_for(settings, "learned", Calibration("learned", 0.0, -1, "", **fitted(fit)))
+        policy = fitted_policy("learned", fitted(fit))
         unseen = [cases[place] for place in test]
         risk, risk_unseen = risks(policy, hold), risks(policy, unseen)
         for goal in goals:
@@ -298,30 +278,67 @@ def promise(found: Sequence[Mapping[str, float]], alpha: float, refusal: str | N
 
 def tables(figures: Mapping[str, Any]) -> str:
     """As Markdown."""
-    tasks, order = figures["tasks"], ("learned", "quantile", "margin", "entropy", CONFIDENCE, "random", "oracle")
-    lines = [f"| task | questions | device | cloud | {' | '.join(order)} | learned above confidence |"]
-    lines.append("|---" * (5 + len(order)) + "|")
+    tasks = figures["tasks"]
+    above = (
+        f"above confidence with an interval without zero on {figures['tasks_above_confidence']} of {len(tasks)} tasks"
+    )
+    summary = f"Learned: mean APGR {figures['learned_apgr']:.3f}, {above}."
+    return "\n\n".join([accuracies(tasks), summary, signals(tasks), promises(figures["risk"])])
+
+
+def accuracies(tasks: Mapping[str, Any]) -> str:
+    names = (
+        "task",
+        "questions",
+        "device",
+        "cloud",
+        "worth asking",
+        "learned",
+        "confidence only",
+        "best signal",
+        "oracle",
+    )
+    lines = [row((*names, "learned above confidence", "above the best signal", "asked for 95 % of the gap"))]
+    lines.append("|---" * 12 + "|")
     for task, each in tasks.items():
-        above = each["above_confidence"]
-        cells = [each["questions"], f"{each['local_quality']:.1%}", f"{each['cloud_quality']:.1%}"]
-        cells += [f"{each['apgr'][name]:.3f}" for name in order]
-        cells.append(f"{above['mean']:+.3f} [{above['low']:+.3f}, {above['high']:+.3f}]")
-        lines.append(f"| {task} | {' | '.join(map(str, cells))} |")
-    lines += ["", f"Learned, mean APGR: {figures['learned_apgr']:.3f}.", ""]
-    lines += ["| task | goal | re-splits with a promise | kept | mean risk | deferred |", "|---" * 6 + "|"]
-    for task, goals in figures["risk"].items():
+        apgr, rivals = each["apgr"], each["rivals"]
+        shares = [f"{each[name]:.1%}" for name in ("local_quality", "cloud_quality", "worth_asking")]
+        against = [f"{apgr[rival]:.3f} ({rival})" for rival in rivals.values()]
+        above = ["{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**one) for one in each["above"].values()]
+        asked = " against ".join(f"{each['asked_for_95'][name]:.0%}" for name in ("learned", rivals["confidence"]))
+        learned, oracle = (f"{apgr[name]:.3f}" for name in ("learned", "oracle"))
+        lines.append(row((task, each["questions"], *shares, learned, *against, oracle, *above, asked)))
+    return "\n".join(lines)
+
+
+def signals(tasks: Mapping[str, Any]) -> str:
+    names = ("learned", "boosted", *SIGNALS, "random", "oracle")
+    lines = [row(("APGR", *names)), "|---" * (1 + len(names)) + "|"]
+    lines += [row((task, *(f"{each['apgr'][name]:.3f}" for name in names))) for task, each in tasks.items()]
+    return "\n".join(lines)
+
+
+def promises(risk: Mapping[str, Any]) -> str:
+    names = ("task", "goal", "re-splits with a promise", "kept", "mean risk", "asked")
+    lines = [row(names), "|---" * len(names) + "|"]
+    for task, goals in risk.items():
         for goal, one in goals.items():
             known = (one["within"], one["mean_risk"], one["mean_deferred"]) if one["promised"] else ()
             cells = [f"{value:.1%}" for value in known] or ["refused", "", ""]
-            lines.append(f"| {task} | `{goal}` | {one['promised']} | {' | '.join(cells)} |")
+            lines.append(row((task, f"`{goal}`", one["promised"], *cells)))
     return "\n".join(lines)
+
+
+def row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data, runs, models and answers")
-    parser.add_argument("--questions", type=int, default=400, help="per task")
+    parser.add_argument("--questions", type=int, default=600, help="per task")
     parser.add_argument("--only", choices=("heavy", "light", "answers", "report"), help="this step alone")
+    parser.add_argument("--purpose", choices=("development", "reported"), default="reported", help="which questions")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--threads", type=int, default=0, help="of each model; 0: one per core")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -333,7 +350,7 @@ def main() -> None:
             make_model(work, name)
     if options.only in TARGETS:
         return
-    cases = answer(work, options.tasks.split(","), options.questions, options.threads)
+    cases = answer(work, options.tasks.split(","), options.purpose, options.questions, options.threads)
     if options.only == "answers":
         return
     figures = report(cases)

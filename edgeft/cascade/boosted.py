@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgeft.cascade.features import loggable
 from edgeft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ def _leaf(node: Node, features: Mapping[str, float]) -> float:
     return float(node[0])
 
 
+def names_in(trees: Sequence[Node]) -> set[str]:
+    """Of the features that trees ask for."""
+    found = {str(tree[0]) for tree in trees if len(tree) == 4}
+    return found.union(*(names_in(tree[2:]) for tree in trees if len(tree) == 4))
+
+
 def check_trees(trees: Any) -> None:
     """Raises: ValueError for what is no list of trees, TypeError for what is no number."""
     for tree in trees:
@@ -92,11 +99,11 @@ def fit_boosted(rows: Sequence[Mapping[str, float]], target: Sequence[bool]) -> 
     Their number is where the loss on a quarter of the rows, left out, is least; with it, all rows are fitted.
 
     Args:
-        rows: named features; every row has the same.
+        rows: named features; every row has the same. Those of words are left out: a word is in too few rows for a leaf.
     """
     import numpy as np
 
-    names = sorted(rows[0])
+    names = sorted(loggable(rows[0]))
     table = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)
     wanted = np.array(target, dtype=np.float64)
     held = np.arange(len(rows)) % 4 == 3

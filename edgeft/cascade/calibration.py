@@ -9,7 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeft.cascade.boosted import check_trees
+from edgeft.cascade.boosted import check_trees, names_in
+from edgeft.cascade.features import NAMES, NGRAM
 from edgeft.errors import CheckFailed, ConfigError
 from edgeft.paths import parse_json, write_json
 
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    Floats = NDArray[np.float64]
+
 SCHEMA = 1
+RIDGES = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0)
+WORD_RIDGES = (30.0, 10.0, 3.0, 1.0, 0.5)
+"""Tried from the strongest to the weakest, each fit beginning at the one before."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class Calibration:
             return "the local model, its adapter or its quantization changed"
         if self.judge_tokens != judge_tokens:
             return f"it judged {self.judge_tokens} tokens, now {judge_tokens} are judged"
+        if unknown := {*self.names, *names_in(self.trees)} - NAMES:
+            return f"it needs features that this edgeft does not make, such as {min(unknown)}"
         return ""
 
     def write(self, path: Path) -> None:
@@ -67,6 +75,8 @@ def read_calibration(path: Path) -> Calibration:
         lists = {name: tuple(value.get(name, ())) for name in ("names", "mean", "scale", "weights", "trees")}
         lists["curve"] = tuple((float(t), float(d), float(q), float(c)) for t, d, q, c in value.get("curve", ()))
         found = Calibration(**{**value, **lists})
+        if found.schema != SCHEMA:
+            raise ValueError(f"its schema is {found.schema}, this edgeft reads {SCHEMA}")
         numbers = (found.threshold, *found.mean, *found.scale, *found.weights, *chain(*found.curve))
         if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
             raise ValueError("a number in it is none")
@@ -79,9 +89,12 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def fit_logistic(
-    rows: Sequence[Mapping[str, float]], target: Sequence[bool], ridge: float = 3.0
+    rows: Sequence[Mapping[str, float]], target: Sequence[bool]
 ) -> tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
-    """Ridge logistic regression by Newton's method on standardized features.
+    """Ridge logistic regression by Newton's method; each ridge is the one with the least leave-one-out loss.
+
+    Features are standardized and share one ridge. Those of words are 0 or 1 and stay so, with a ridge of their own:
+    standardized, a word that one example has would count as much as the answer's probability.
 
     Returns:
         names, mean, scale and weights as in `Calibration`.
@@ -90,18 +103,42 @@ def fit_logistic(
 
     names = tuple(rows[0])
     table = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)
-    mean, scale = table.mean(0), table.std(0)
-    scale[scale < 1e-9] = 1.0
+    kept = table.std(0) > 1e-9
+    names, table = tuple(name for name, keep in zip(names, kept, strict=True) if keep), table[:, kept]
+    words = np.array([name.startswith(NGRAM) for name in names], dtype=bool)
+    mean, scale = table.mean(0), np.where(words, 1.0, table.std(0))
     inputs = np.hstack([np.clip((table - mean) / scale, -4, 4), np.ones((len(rows), 1))])
-    weights = _newton(inputs, np.array(target, dtype=np.float64), ridge)
+    weights = _chosen(inputs, np.append(words, False), np.array(target, dtype=np.float64))
     return names, tuple(mean.tolist()), tuple(scale.tolist()), tuple(weights.tolist())
 
 
-def _newton(inputs: NDArray[np.float64], target: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
+def _chosen(inputs: Floats, words: NDArray[np.bool_], target: Floats) -> Floats:
+    """Weights by the best ridges: first that of the other features alone, then that of the words beside them."""
     import numpy as np
 
-    weights = np.zeros(inputs.shape[1])
-    penalty = np.full(inputs.shape[1], ridge)
+    weights, best, chosen = np.zeros(inputs.shape[1]), math.inf, 0.0
+    found = weights[~words]
+    for ridge in RIDGES:
+        found, loss = _newton(inputs[:, ~words], target, np.full(len(found), ridge), found)
+        if loss < best:
+            best, chosen, weights[~words] = loss, ridge, found
+    found = weights
+    for ridge in WORD_RIDGES if words.any() else ():
+        found, loss = _newton(inputs, target, np.where(words, ridge, chosen), found)
+        if loss < best:
+            best, weights = loss, found
+    return weights
+
+
+def _newton(inputs: Floats, target: Floats, penalty: Floats, start: Floats) -> tuple[Floats, float]:
+    """Weights, the constant last, and the mean leave-one-out loss (nats).
+
+    Leaving one example out moves its log-odds by (p - y) h / (1 - w h) to second order, with w = p (1 - p) and
+    leverage h (Rad and Maleki 2020, arXiv 1801.10243): no further fit is needed.
+    """
+    import numpy as np
+
+    weights, penalty = start, penalty.copy()
     penalty[-1] = 1e-3  # the constant is free, but finite where only one class was seen
     for _ in range(50):
         probability = 1 / (1 + np.exp(-np.clip(inputs @ weights, -30, 30)))
@@ -109,9 +146,12 @@ def _newton(inputs: NDArray[np.float64], target: NDArray[np.float64], ridge: flo
         curvature = (inputs * (probability * (1 - probability))[:, None]).T @ inputs + np.diag(penalty)
         step = np.linalg.solve(curvature, gradient)
         weights = weights - np.clip(step, -5, 5)
-        if float(np.abs(step).max()) < 1e-8:
+        if float(np.abs(step).max()) < 1e-7:
             break
-    return weights
+    spread = probability * (1 - probability)
+    leverage = np.einsum("ij,ji->i", inputs, np.linalg.solve(curvature, inputs.T))
+    unseen = inputs @ weights + (probability - target) * leverage / np.maximum(1 - spread * leverage, 1e-6)
+    return weights, float(np.mean(np.logaddexp(0, unseen) - target * unseen))
 
 
 def conformal_threshold(risk: Sequence[float], loss: Sequence[bool], alpha: float) -> float:

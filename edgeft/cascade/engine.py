@@ -21,6 +21,7 @@ from edgeft.cascade.calibration import Calibration, read_calibration
 from edgeft.cascade.cloud import Clouds, Unanswered
 from edgeft.cascade.device import DeviceAnswer, p_true, samples
 from edgeft.cascade.embedder import Embedder
+from edgeft.cascade.features import loggable
 from edgeft.cascade.policies import Evidence, Policy, make_policy
 from edgeft.cascade.privacy import Guard
 from edgeft.cascade.settings import PolicySettings, Settings, read_settings
@@ -222,7 +223,7 @@ class _Turn:
 
     def _keeps(self, answer: DeviceAnswer, text: str) -> tuple[bool, str]:
         cascade, record = self.cascade, self.record
-        record.features = answer.features()
+        record.features = loggable(answer.features())
         record.confidence = answer.confidence
         if not answer.tokens and not cascade.policy.extra:
             return True, "the runtime gives no probabilities"

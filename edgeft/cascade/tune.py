@@ -80,7 +80,7 @@ def tune(
     elif goal.kind == "risk":
         # The promise needs answers that the fit has not seen.
         parts = _FITS[kind](fit)
-        risk = risks(_fitted_policy(kind, parts), hold)
+        risk = risks(fitted_policy(kind, parts), hold)
     else:
         parts, hold = _FITS[kind](cases), list(cases)
         risk = cross_fitted(hold, salt, kind)
@@ -142,13 +142,14 @@ def cross_fitted(cases: Sequence[Case], salt: str = "", kind: str = "learned") -
     """Of each answer the risk by a fit to the folds that it is not in."""
     place = [hashlib.sha256((salt + case.key).encode()).digest()[1] % _FOLDS for case in cases]
     policies = [
-        _fitted_policy(kind, _FITS[kind]([case for case, other in zip(cases, place, strict=True) if other != fold]))
+        fitted_policy(kind, _FITS[kind]([case for case, other in zip(cases, place, strict=True) if other != fold]))
         for fold in range(_FOLDS)
     ]
     return [risks(policies[fold], [case])[0] for case, fold in zip(cases, place, strict=True)]
 
 
-def _fitted_policy(kind: str, parts: Mapping[str, Any]) -> Policy:
+def fitted_policy(kind: str, parts: Mapping[str, Any]) -> Policy:
+    """Of what `fitted` or `grown` found, without a threshold."""
     return policy_for(PolicySettings(kind=kind), kind, Calibration(kind, 0.0, -1, "", **parts))
 
 
