@@ -63,9 +63,8 @@ def check(
     as_json: bool,
 ) -> None:
     """Report what DATA holds and what is wrong with it. Exit code 1 when it cannot be used."""
-    from edgeft.data.check import as_dict
+    from edgeft.data.check import as_dict, first_examples
     from edgeft.data.check import check as run_check
-    from edgeft.data.check import first_examples
 
     if context and not model:
         raise UsageError("--context needs --model", "The length in tokens depends on the tokenizer.")

@@ -422,6 +422,11 @@ def _plan_object(plan: Plan) -> dict[str, Any]:
         "bytes_by_type": dict(types),
         "seconds": plan.seconds,
         "warnings": list(plan.warnings),
+        "fallbacks": sum(bool(tensor.note) for tensor in plan.tensors),
+        "groups": [
+            {"count": count, "name": _generic(name), "shape": list(shape), "type": kind, "bytes": size, "note": why}
+            for (name, shape, kind, why), (count, size) in _grouped(plan).items()
+        ],
         "tensors": [
             {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.bytes, "note": t.note}
             for t in plan.tensors

@@ -1,8 +1,9 @@
 """Long tasks in processes of their own, which outlive the terminal that began them.
 
 A job is a folder: `job.json` (what was asked), `state.json` (process ids, written by the supervisor), `events.jsonl`
-(progress), `made.json` (what it makes), `paused.json` (while it is stopped), `stdout`, `stderr`, and at the end `exit.json`. Whether it runs is told by a lock that its processes hold
-and the kernel lets go of when they end, so neither a reboot nor a process id that is used again can deceive a reader.
+(progress), `made.json` (what it makes), `paused.json` (while it is stopped), `stdout`, `stderr`, and at the end
+`exit.json`. Whether it runs is told by a lock that its processes hold and the kernel lets go of when they end, so
+neither a reboot nor a process id that is used again can deceive a reader.
 """
 
 from edgeft.jobs.events import Event, JobEvents, last_progress, parts, read_events

@@ -70,6 +70,6 @@ def _rounding(prepared: Prepared, choice: Choice) -> Iterator[str]:
     if config.target is not None or config.method == "gguf" or choice.bits_per_weight >= _ROUNDED:
         return
     if choice.target in TARGETS:
-        yield f"--for {choice.target} --tune both: train with the blocks of that file; most of what rounding costs returns"
+        yield f"--for {choice.target} --tune both: train with that file's blocks; most of what rounding costs returns"
     elif choice.bits_per_weight < GOOD:
         yield f"{choice.target} rounds hard: compare edgeft verify with a smaller base in 4 bits"
