@@ -210,6 +210,8 @@ def _differences(runs: Sequence[Run]) -> str:
 def _plot(plot: Any, what: Plot, runs: Sequence[Curves]) -> None:
     plot.clear_data()
     plot.title(what.title)
+    plot.xfrequency(3)
+    plot.yfrequency(4)
     for at, curves in enumerate(runs):
         if points := curves.get(what.metric, ()):
             chosen = points[:: max(1, len(points) // POINTS)]

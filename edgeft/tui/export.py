@@ -37,7 +37,7 @@ class ExportScreen(Screen[None]):
         Binding("f8", "pane", "Types/devices"),
         Binding("f2", "form", "All options"),
         Binding("f3", "copy", "Copy"),
-        Binding("f5", "plan", "Again"),
+        Binding("f5", "plan", "Plan again", show=False),
     ]
     HELP = """The plan of an export is made from headers alone; nothing is written before **Ctrl+S**.
 

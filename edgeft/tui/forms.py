@@ -134,8 +134,8 @@ a job, which goes on when this screen closes. **F3** copies it. **Tab** goes to 
         yield TextArea("", read_only=True, soft_wrap=False, id="plan")
         with Horizontal(id="buttons"):
             if self._plans:
-                yield Button("Plan", id="do-plan")
-            yield Button("Start", id="do-start", variant="primary")
+                yield Button("Plan", id="do-plan", compact=True)
+            yield Button("Start", id="do-start", variant="primary", compact=True)
         yield Footer(show_command_palette=False)
 
     @property
@@ -149,15 +149,15 @@ a job, which goes on when this screen closes. **F3** copies it. **Tab** goes to 
         title = parameter.opts[0] if isinstance(parameter, click.Option) else (parameter.human_readable_name).lower()
         about = (getattr(parameter, "help", None) or ("required" if parameter.required else "")).strip()
         if getattr(parameter, "is_flag", False):
-            yield Checkbox(f"{title.lstrip('-')}: {about}", value=bool(value), id=identity)
+            yield Checkbox(f"{title.lstrip('-')}: {about}", value=bool(value), id=identity, compact=True)
             return
         yield Label(f"{title.lstrip('-')}  [dim]{_escaped(about)}[/dim]", classes="title")
         if isinstance(parameter.type, click.Choice):
             choices = [(str(choice), str(choice)) for choice in parameter.type.choices]
             known = value if any(value == choice for _, choice in choices) else Select.NULL
-            yield Select(choices, value=known, id=identity, prompt="default")
+            yield Select(choices, value=known, id=identity, prompt="default", compact=True)
         else:
-            yield Input(str(value or ""), id=identity, placeholder=parameter.metavar or "")
+            yield Input(str(value or ""), id=identity, placeholder=parameter.metavar or "", compact=True)
 
     def on_mount(self) -> None:
         self.query_one("#plan").display = False

@@ -13,13 +13,14 @@ from textual.widgets import Static
 from edgeft import jobs
 from edgeft.jobs import Job, State
 from edgeft.run import Run
+from edgeft.tui.actions import command_line
 from edgeft.tui.control import CONTROLS, JobControl
 from edgeft.tui.curves import CurvesScreen
 
 POLL_S = 0.5
 
 
-class TrainingScreen(JobControl, CurvesScreen):
+class TrainingScreen(CurvesScreen, JobControl):
     """The curves of the run that a job trains."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -49,7 +50,6 @@ learned, as a finished run. **l** shows what it says; when it has ended, **Enter
         yield Static("", id="state", classes="command", markup=False)
 
     def on_mount(self) -> None:
-        super().on_mount()
         self._follow()
         self.set_interval(POLL_S, self._follow)
 
@@ -60,6 +60,8 @@ learned, as a finished run. **l** shows what it says; when it has ended, **Enter
     def _look(self) -> None:
         if self.runs:
             super()._look()
+        else:
+            self.query_one("#line", Static).update("$ " + command_line(self.command))
 
     def _follow(self) -> None:
         was = self.job
