@@ -87,7 +87,8 @@ def test_what_a_form_shows_first_are_options_of_its_command() -> None:
 
 
 def test_data_are_looked_at_before_a_training_begins(folder: Path, base: Path) -> None:
-    (folder / "data" / "train.jsonl").open("a").write('{"messages": 3}\n')
+    with (folder / "data" / "train.jsonl").open("a") as lines:
+        lines.write('{"messages": 3}\n')
 
     async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
         app.do(Action("Train", ("train", "--model", "base"), How.FORM))

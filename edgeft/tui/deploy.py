@@ -83,7 +83,7 @@ before. **F2** has every option: a key to log in with, how many may fail, the pu
             self.query_one(f"#{name}", DataTable).add_columns(*columns)
         self._say()
         empty = next((field for field in self.query(Input) if not field.value), None)
-        (self.query_one("#devices") if self.job or empty is None else empty).focus()
+        self.set_focus(self.query_one("#devices") if self.job or empty is None else empty)
         self._follow()
         self.set_interval(REFRESH_S, self._follow)
 

@@ -79,7 +79,7 @@ command: an adapter, a size to fit, an importance matrix."""
                 table.add_column(column, key=column)
         self._say()
         self._load()
-        (self._table("targets") if self.model else self.query_one("#model")).focus()
+        self.set_focus(self._table("targets") if self.model else self.query_one("#model"))
 
     @property
     def model(self) -> str:

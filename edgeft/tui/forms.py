@@ -163,7 +163,7 @@ a job, which goes on when this screen closes. **F3** copies it. **Tab** goes to 
         self.query_one("#plan").display = False
         self._changed()
         empty = [field for field in self.query("#fields > Input").results(Input) if not field.value]
-        (empty or self.query("#fields Input, #fields Select"))[0].focus()
+        self.set_focus((empty or self.query("#fields Input, #fields Select"))[0])  # at once: keys may be waiting
         self._offer()
 
     @work(exclusive=True, group="offer")

@@ -116,6 +116,8 @@ a job that failed again; a training goes on where it was. **p** shows the curves
 
 def _stage(event: Event) -> str:
     unit = (
-        f"{event.done:.0f} of {event.total:.0f} {event.unit}".strip() if event.total and event.unit not in ("bytes", "B") else ""
+        f"{event.done:.0f} of {event.total:.0f} {event.unit}".strip()
+        if event.total and event.unit not in ("bytes", "B")
+        else ""
     )
     return f"{event.label}  {unit}  {event.note}"

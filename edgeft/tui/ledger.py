@@ -65,7 +65,7 @@ step where most is lost; the line below says what to try. A check that failed sa
 
         self.query_one("#steps", DataTable).add_columns(*COLUMNS)
         self.query_one("#checks", DataTable).add_columns(*CHECKS)
-        self.query_one("#steps").focus()
+        self.set_focus(self.query_one("#steps"))
 
     @work(exclusive=True)
     async def on_screen_resume(self) -> None:
