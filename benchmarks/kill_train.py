@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 SETTINGS = "--epochs 6 --micro-tokens 256 --batch-tokens 512 --save-every 3 --eval-every 10 --dropout 0.1 --patience 0"
-TIMINGS = ("tokens_per_s", "memory_peak_bytes", "elapsed_s")
+TIMINGS = ("tokens_per_s", "memory_peak_bytes", "elapsed_s", "left_s")
 
 
 def main() -> None:

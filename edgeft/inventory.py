@@ -29,6 +29,27 @@ def inventory(folder: Path) -> list[Item]:
     return sorted(found, key=lambda item: KINDS.index(item.kind))
 
 
+def data_sets(folder: Path) -> list[str]:
+    """Names that `--data` takes: built-in sets, prepared folders, and files of data, as one would type them."""
+    from edgeft.data.load import BUILT_IN
+
+    found: list[str] = []
+    for root, folders, files in os.walk(folder):
+        place = Path(root)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SKIPPED)
+        if len(place.relative_to(folder).parts) >= DEPTH or is_run(place) or is_bundle(place):
+            folders.clear()
+        if place != folder and any(name.startswith("train.") for name in files):
+            found.append(shown(place))
+            continue
+        found += [
+            shown(place / name) for name in sorted(files) if name.endswith((".jsonl", ".csv", ".tsv", ".parquet"))
+        ]
+        if len(found) > FOLDERS:
+            break
+    return [*BUILT_IN, *(name for name in found if Path(name).name not in ("metrics.jsonl", "events.jsonl"))]
+
+
 def _models() -> Iterator[Item]:
     for model in stored_models():
         size = f"{model.bytes / 1e6:.0f} MB"
@@ -59,6 +80,13 @@ def _below(folder: Path) -> Iterator[Item]:
                 yield _artifact(place / name)
 
 
+def item_at(path: Path) -> Item | None:
+    """What a run, an artifact or a bundle at a place is; None when it is none of these."""
+    if path.is_dir():
+        return _of_folder(path)
+    return _artifact(path) if path.is_file() and path.suffix in (".gguf", ".pte", ".litertlm") else None
+
+
 def _of_folder(place: Path) -> Item | None:
     if is_run(place):
         return _run(place)
@@ -67,14 +95,14 @@ def _of_folder(place: Path) -> Item | None:
     return _artifact(place) if manifest_path(place).is_file() else None
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """As one would type it here."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _run(place: Path) -> Item:
-    name, run = _shown(place), Run(place)
+    name, run = shown(place), Run(place)
     if not run.finished:
         return Item("run", name, "not finished", f"{_last_step(run)}", ("train", "--resume", name))
     try:
@@ -93,7 +121,7 @@ def _last_step(run: Run) -> str:
 
 
 def _artifact(place: Path) -> Item:
-    name = _shown(place)
+    name = shown(place)
     try:
         manifest = read_manifest(place)
     except EdgeftError as error:
@@ -114,11 +142,11 @@ def _checked(manifest: Manifest) -> str:
 def _after_export(name: str, manifest: Manifest) -> tuple[str, ...]:
     if _checked(manifest) == "verified" or not manifest.run or not is_run(Path(manifest.run)):
         return ("chat", name)
-    return ("verify", _shown(Path(manifest.run)), name)
+    return ("verify", shown(Path(manifest.run)), name)
 
 
 def _bundle(place: Path) -> Item:
-    name = _shown(place)
+    name = shown(place)
     try:
         bundle = read_bundle(place)
     except EdgeftError as error:

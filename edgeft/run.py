@@ -3,7 +3,8 @@
 runs/<name>/
   config.toml      what was asked for
   metrics.jsonl    one object per logged step: the single source for every view
-  events.jsonl     started, resumed, checkpoint, evaluation, finished, failed
+  events.jsonl     started, resumed, checkpoint, evaluation, samples, finished, failed
+  finish           while there: training ends after this step and keeps what it has learned
   checkpoints/     what a resume needs
   adapter/         the result in PEFT's layout (or model/ after full fine-tuning)
   packed/          after training for a target: its weights as that file stores them
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ModelError
-from edgeft.paths import parse_json, write_json
+from edgeft.paths import parse_json, write_json, write_text
 
 SCHEMA = 1
 
@@ -93,16 +94,38 @@ class Run:
     def write_manifest(self, manifest: RunManifest) -> None:
         write_json(self.path / "manifest.json", asdict(manifest))
 
+    @property
+    def asked_to_finish(self) -> bool:
+        """Whether training shall end after this step and keep what it has learned."""
+        return (self.path / "finish").exists()
+
+    def ask_to_finish(self) -> None:
+        """Raises: WriteError."""
+        write_text(self.path / "finish", "")
+
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Logged steps in order; a line that a kill cut short is skipped."""
-        if not self.metrics_file.is_file():
-            return
-        with self.metrics_file.open(encoding="utf-8") as lines:
-            for line in lines:
-                try:
-                    yield parse_json(line)
-                except ValueError:
-                    continue
+        return _lines(self.metrics_file)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Answers to held-out prompts while it was trained: `step`, and `samples` with `prompt`, `wanted`, `answer`.
+
+        In the order of the steps; of a step that a resume computed again, the newest.
+        """
+        events = (line for line in _lines(self.events_file) if line.get("event") == "samples")
+        found = {line["step"]: {"step": line["step"], "samples": line["samples"]} for line in events}
+        return [found[step] for step in sorted(found)]
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.is_file():
+        return
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                yield parse_json(line)
+            except ValueError:
+                continue
 
 
 def is_run(path: Path) -> bool:

@@ -85,6 +85,49 @@ def test_force_kills(tmp_path: Path) -> None:
     assert jobs.wait(job, 20).code == -signal.SIGKILL
 
 
+def test_a_paused_job_computes_nothing_until_it_goes_on_or_is_cancelled(tmp_path: Path) -> None:
+    job = jobs.start(slow_command(tmp_path))
+    running(job)
+    assert main(["jobs", "pause", job.id]) == 0
+    assert now(job).state is State.PAUSED and not now(job).state.ended
+    size = job.stdout.stat().st_size
+    time.sleep(0.5)
+    assert job.stdout.stat().st_size == size
+    assert main(["jobs", "pause", job.id]) == 2  # only what runs
+    assert main(["jobs", "resume", job.id]) == 0
+    until(lambda: job.stdout.stat().st_size > size)
+    assert now(job).state is State.RUNNING
+    assert main(["jobs", "resume", job.id]) == 2
+    assert main(["jobs", "pause", job.id]) == 0
+    assert main(["jobs", "cancel", job.id]) == 0
+    assert (now(job).state, now(job).code) == (State.CANCELLED, 130)
+
+
+def test_only_a_training_can_be_finished_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = jobs.start(slow_command(tmp_path))
+    running(job)
+    assert main(["jobs", "finish", job.id]) == 2
+    assert "trains nothing" in capsys.readouterr().err
+    jobs.cancel(now(job), force=True)
+
+
+def test_parts_that_go_on_side_by_side_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = jobs.start(slow_command(tmp_path))
+    kitchen, hall = (jobs.JobEvents(job.folder, name) for name in ("kitchen", "hall"))
+    kitchen.start("Sending", 10, "bytes")
+    hall.tell("waiting", "")
+    kitchen.at(5, "")
+    kitchen.finish()
+    kitchen.tell("updated", "pet-1.0")
+    found = jobs.parts(job.folder)
+    assert [(name, event.label) for name, event in found.items()] == [("kitchen", "updated"), ("hall", "waiting")]
+    sending = [event.done for event in jobs.read_events(job.folder) if event.label == "Sending"]
+    assert sending == [0, 5]
+    assert main(["jobs", "show", job.id]) == 0
+    assert "kitchen   updated pet-1.0" in capsys.readouterr().out
+    jobs.cancel(now(job), force=True)
+
+
 def test_a_job_outlives_the_terminal_that_began_it(tmp_path: Path) -> None:
     """Its starter's whole process group is hung up and killed, as when a connection breaks."""
     code = f"from edgeft import jobs; import time; jobs.start({slow_command(tmp_path)!r}); time.sleep(60)"

@@ -48,7 +48,7 @@ def settings(base: Path, data: Path, out: Path, **others: Any) -> TrainConfig:
 
 
 def curve(run: Run) -> list[dict[str, Any]]:
-    timings = ("tokens_per_s", "memory_peak_bytes", "elapsed_s")
+    timings = ("tokens_per_s", "memory_peak_bytes", "elapsed_s", "left_s")
     return [{key: value for key, value in line.items() if key not in timings} for line in run.metrics()]
 
 
@@ -106,6 +106,81 @@ def test_an_interrupted_run_continues_the_same_curve(base: Path, data: Path, tmp
     resumed = train(read_config(broken.out), resume=True).run
     assert curve(resumed) == curve(whole)
     assert weights(resumed) == weights(whole)
+
+
+def test_a_run_can_end_early_and_keep_what_it_has_learned(base: Path, data: Path, tmp_path: Path) -> None:
+    config = settings(base, data, tmp_path / "run", epochs=50)
+
+    class AskAt(Silent):
+        def advance(self, amount: float, note: str = "", /) -> None:
+            if any(line["step"] == 3 for line in Run(config.out).metrics()):
+                Run(config.out).ask_to_finish()
+
+    run = train(config, AskAt()).run
+    steps = [line["step"] for line in run.metrics() if "loss" in line]
+    assert run.finished and run.adapter is not None and not run.asked_to_finish
+    assert steps[-1] in (3, 4) and [line["step"] for line in run.metrics() if "val_loss" in line][-1] == steps[-1]
+
+
+def test_an_interrupted_run_can_be_kept_as_it_is(base: Path, data: Path, tmp_path: Path) -> None:
+    config = settings(base, data, tmp_path / "run", epochs=50)
+    with pytest.raises(Interrupted):
+        train(config, InterruptAt(3))
+    before = curve(Run(config.out))
+    assert main(["train", "--resume", str(config.out), "--finish"]) == 0
+    assert Run(config.out).finished and curve(Run(config.out)) == before
+    assert main(["train", "--finish", "--model", str(base), "--data", str(data)]) == 2
+
+
+def test_answers_to_held_out_prompts_change_nothing_else(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = train(settings(base, data, tmp_path / "plain", dropout=0.2, eval_every=3)).run
+    asked = train(settings(base, data, tmp_path / "asked", dropout=0.2, eval_every=3, samples=2)).run
+    assert weights(plain) == weights(asked)
+    assert curve(plain) == curve(asked)
+    assert not plain.samples()
+    validated = [line["step"] for line in asked.metrics() if "val_loss" in line]
+    assert [each["step"] for each in asked.samples()] == validated
+    first = asked.samples()[0]["samples"]
+    assert len(first) == 2 and "valid 0" in first[0]["prompt"] and first[0]["wanted"].endswith("0")
+    assert main(["curves", str(asked.path), str(plain.path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["different"] == {"samples": [2, 0]}
+    assert told["runs"][0]["curves"]["val_loss"] == told["runs"][1]["curves"]["val_loss"]
+    assert main(["curves", str(asked.path), "--samples"]) == 0
+    assert "valid 0" in capsys.readouterr().out
+
+
+def test_a_sample_is_what_the_model_says_by_itself(base: Path, data: Path) -> None:
+    """All prompts in one row give what transformers gives for each alone."""
+    import torch
+    import transformers
+
+    from edgeft.data.example import Encoded
+    from edgeft.train import attention
+    from edgeft.train.samples import answers, prompts
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    texts = ["one two three four", "the lamp", "0123456789 and more"]
+    encoded = [Encoded(ids, [False] * (len(ids) - 2) + [True] * 2) for ids in map(tokenizer.encode, texts)]
+    asked = prompts(encoded, 3, 200)
+    attention.register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation=attention.NAME)
+    attention.install(model)
+    found = answers(model, asked, set(), None)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    for prompt, answer in zip(asked, found, strict=True):
+        tokens = torch.tensor([prompt.tokens])
+        alone = plain.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=len(answer),
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert alone[0, tokens.shape[1] :].tolist() == answer and len(answer) == len(prompt.wanted) + 8
 
 
 def weights(run: Run) -> bytes:

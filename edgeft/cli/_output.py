@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,6 +28,12 @@ def print_json(value: Any) -> None:
 def note(text: str) -> None:
     """A line for the person watching, on stderr."""
     click.echo(text, err=True)
+
+
+def made(path: Path) -> None:
+    """Tell the job that this command runs for, if any, what it makes."""
+    if events := JobEvents.from_environment():
+        events.made(path)
 
 
 def stderr_console() -> Console:
@@ -55,17 +62,22 @@ class ConsoleProgress:
     """A bar on a terminal; elsewhere one plain line every ten seconds, so that logs stay readable.
 
     In a job (`edgeft jobs`) also lines of JSON, for whoever watches it.
+
+    Args:
+        part: which of several things that are done side by side.
+        quiet: for a job alone.
     """
 
     _INTERVAL_S = 10.0
 
-    def __init__(self) -> None:
+    def __init__(self, part: str = "", quiet: bool = False) -> None:
+        self._quiet = quiet
         self._bar: RichProgress | None = None
         self._task: Any = None
         self._label, self._unit = "", ""
         self._total: float | None = None
         self._done, self._last = 0.0, 0.0
-        self._events = JobEvents.from_environment()
+        self._events = JobEvents.from_environment(part)
 
     def start(self, label: str, total: float | None, unit: str = "") -> None:
         self.finish()
@@ -73,6 +85,8 @@ class ConsoleProgress:
         self._done, self._last = 0.0, time.monotonic()
         if self._events:
             self._events.start(label, total, unit)
+        if self._quiet:
+            return
         if not sys.stderr.isatty():
             note(f"{label} …")
             return
@@ -96,7 +110,7 @@ class ConsoleProgress:
             self._events.at(self._done, note_text)
         if self._bar is not None:
             self._bar.update(self._task, advance=amount, note=note_text)
-        elif time.monotonic() - self._last >= self._INTERVAL_S:
+        elif not self._quiet and time.monotonic() - self._last >= self._INTERVAL_S:
             self._last = time.monotonic()
             share = f" {self._done / self._total:.0%}" if self._total else ""
             note(f"{self._label}{share} {note_text}".rstrip())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,24 +49,33 @@ def data() -> None:
 @click.argument("dataset", metavar="DATA")
 @click.option("--model", help="Count tokens with this model's tokenizer and chat template.")
 @click.option("--context", type=click.IntRange(min=1), help="Context window in tokens; default: the model's own.")
+@click.option("--preview", type=click.IntRange(min=0), default=0, help="Show so many examples of each split, too.")
 @format_option
 @json_option
 @click.pass_context
 def check(
-    ctx: click.Context, dataset: str, model: str | None, context: int | None, as_format: Format | None, as_json: bool
+    ctx: click.Context,
+    dataset: str,
+    model: str | None,
+    context: int | None,
+    preview: int,
+    as_format: Format | None,
+    as_json: bool,
 ) -> None:
     """Report what DATA holds and what is wrong with it. Exit code 1 when it cannot be used."""
-    from edgeft.data.check import as_dict
+    from edgeft.data.check import as_dict, first_examples
     from edgeft.data.check import check as run_check
 
     if context and not model:
         raise UsageError("--context needs --model", "The length in tokens depends on the tokenizer.")
     reader = _reader(model, context) if model else None
     report = run_check(dataset, as_format=as_format, reader=reader, progress=ConsoleProgress())
+    examples = {item.name: list(first_examples(item.file, as_format, preview)) for item in report.splits}
     if as_json:
-        print_json(as_dict(report))
+        print_json(as_dict(report) | ({"preview": examples} if preview else {}))
     else:
         _show(report)
+        _show_examples(examples)
     if report.problems():
         ctx.exit(ExitCode.FAILED)
 
@@ -235,6 +244,14 @@ def _show(report: Report) -> None:
         _list("leakage between splits", report.leaks)
     for problem in report.problems():
         note(f"unusable: {problem}")
+
+
+def _show_examples(examples: Mapping[str, Sequence[Sequence[Mapping[str, str]]]]) -> None:
+    for split, found in examples.items():
+        for turns in found:
+            click.echo(f"\n{split}:")
+            for turn in turns:
+                click.echo(f"  {turn['role']:<10} {turn['content']}")
 
 
 def _row(item: SplitReport) -> tuple[object, ...]:

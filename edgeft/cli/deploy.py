@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, note, print_json, print_table
-from edgeft.errors import CheckFailed, UsageError
+from edgeft.errors import CheckFailed, EdgeftError, UsageError
+from edgeft.jobs.events import JobEvents
 
 if TYPE_CHECKING:
     from edgeft.deploy.fleet import Rollout
@@ -176,11 +177,15 @@ def _send(
     from edgeft.deploy import fleet, host
 
     options = host.Options(keep, allow_downgrade, not no_health_check, retries, again=again)
+    for device in devices:
+        _tell_job(host.Outcome(device.label, "waiting"))
     if len(devices) == 1:
-        outcomes = [asyncio.run(host.deploy(devices[0], load, options, ConsoleProgress()))]
-        _report(outcomes[0])
+        outcomes = [_send_one(devices[0], load, options)]
     else:
-        outcomes = asyncio.run(fleet.roll_out(devices, rollout, load, options, _report))
+        outcomes = asyncio.run(fleet.roll_out(devices, rollout, load, options, _report, _watched))
+    for outcome in outcomes:
+        if outcome.state == "untouched":
+            _tell_job(outcome)
     if as_json:
         print_json([outcome.as_dict() for outcome in outcomes])
     elif len(devices) > 1:
@@ -195,7 +200,31 @@ def _send(
         )
 
 
+def _send_one(device: Device, load: Any, options: Any) -> Outcome:
+    """Raises: what stopped it, with its own exit code."""
+    from edgeft.deploy import host
+
+    try:
+        outcome = asyncio.run(host.deploy(device, load, options, ConsoleProgress(device.label)))
+    except EdgeftError as error:
+        _tell_job(host.failed(device, error))
+        raise
+    _report(outcome)
+    return outcome
+
+
+def _watched(device: Device) -> ConsoleProgress:
+    return ConsoleProgress(device.label, quiet=True)
+
+
+def _tell_job(outcome: Outcome) -> None:
+    """For whoever watches the job: where the device stands."""
+    if events := JobEvents.from_environment(outcome.device):
+        events.tell(outcome.state, outcome.error or outcome.id or "")
+
+
 def _report(outcome: Outcome) -> None:
+    _tell_job(outcome)
     if outcome.error:
         note(f"{outcome.device}: {outcome.error}" + (f"\n  {outcome.hint}" if outcome.hint else ""))
         return

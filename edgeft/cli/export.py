@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, note, print_json, print_table
+from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, made, note, print_json, print_table
+from edgeft.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeft.artifact import Artifact
@@ -30,22 +31,23 @@ Examples:
 """
 
 
-def _list_targets(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
-    if not asked or context.resilient_parsing:
-        return
+def _list_targets(as_json: bool) -> None:
     from edgeft import plugins
 
-    rows = [
-        (target.name, f"{target.bits_per_weight:g}", target.description)
+    found = [
+        {"target": target.name, "bits_per_weight": target.bits_per_weight, "description": target.description}
         for name in plugins.names("converters")
         for target in plugins.load("converters", name).targets.values()
     ]
+    if as_json:
+        print_json(found)
+        return
+    rows = [(each["target"], f"{each['bits_per_weight']:g}", each["description"]) for each in found]
     print_table(("target", "bits", "what it is"), rows)
-    context.exit()
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", metavar="RUN|MODEL", required=False)
 @click.option(
     "--adapter", type=click.Path(exists=True, file_okay=False, path_type=Path), help="PEFT adapter to merge into MODEL."
 )
@@ -101,14 +103,7 @@ def _list_targets(context: click.Context, parameter: click.Parameter, asked: boo
 @click.option("--force", is_flag=True, help="Store ordinary weights in a ternary type all the same.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the target; docs/onnx.md.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that quantize; default: all cores.")
-@click.option(
-    "--list",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_list_targets,
-    help="List the targets, and stop.",
-)
+@click.option("--list", "list_", is_flag=True, help="List the targets, and stop.")
 @click.option(
     "--engine",
     type=click.Choice(["edgeft", "llama.cpp", "optimum"]),
@@ -126,7 +121,7 @@ def _list_targets(context: click.Context, parameter: click.Parameter, asked: boo
 @json_option
 @dry_run_option
 def export(
-    model: str,
+    model: str | None,
     adapter: Path | None,
     target: str | None,
     out: Path | None,
@@ -147,6 +142,7 @@ def export(
     threads: int | None,
     engine: str,
     checkout: Path | None,
+    list_: bool,
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -155,6 +151,11 @@ def export(
     RUN|MODEL is a run of `edgeft train`, or a model: a Hugging Face directory, an alias, hf:org/name or a GGUF file.
     No torch, no 16-bit copy on disk. Beside the file goes a manifest with what it really contains.
     """
+    if list_:
+        _list_targets(as_json)
+        return
+    if model is None:
+        raise UsageError("what is to be exported?", "edgeft export RUN|MODEL --to TARGET")
     from edgeft import export as workflow
     from edgeft.fit import parse_size
 
@@ -421,6 +422,11 @@ def _plan_object(plan: Plan) -> dict[str, Any]:
         "bytes_by_type": dict(types),
         "seconds": plan.seconds,
         "warnings": list(plan.warnings),
+        "fallbacks": sum(bool(tensor.note) for tensor in plan.tensors),
+        "groups": [
+            {"count": count, "name": _generic(name), "shape": list(shape), "type": kind, "bytes": size, "note": why}
+            for (name, shape, kind, why), (count, size) in _grouped(plan).items()
+        ],
         "tensors": [
             {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.bytes, "note": t.note}
             for t in plan.tensors
@@ -431,6 +437,7 @@ def _plan_object(plan: Plan) -> dict[str, Any]:
 def _show_result(artifact: Artifact, seconds: float, findings: Sequence[Finding], as_json: bool) -> None:
     manifest = artifact.manifest
     assert manifest is not None
+    made(artifact.path)
     if as_json:
         print_json(
             {

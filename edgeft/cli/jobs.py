@@ -74,15 +74,19 @@ def list_all(as_json: bool) -> None:
 @json_option
 def show(job: str, as_json: bool) -> None:
     """State, progress and the last lines of a job."""
-    from edgeft.jobs import find_job, last_progress
+    from edgeft.jobs import find_job, last_progress, parts
 
     found = find_job(job)
     if as_json:
         print_json(_as_dict(found))
         return
     click.echo(f"{found}\n  in        {found.directory}\n  state     {_state(found)}\n  time      {_span(found)}")
+    if found.made:
+        click.echo(f"  makes     {found.made}")
     if progress := _where(last_progress(found.folder)):
         click.echo(f"  progress  {progress}")
+    for name, event in parts(found.folder).items():
+        click.echo(f"  {name:<9} {_where(event)}")
     for line in [*_tail(found.stdout, 10), *_tail(found.stderr, 10)]:
         click.echo(f"  | {line}")
 
@@ -139,15 +143,19 @@ def watch(job: str) -> None:
 
 
 class _Bar:
-    """The stages that a job reports, as if they were this command's own."""
+    """The stages that a job reports, as if they were this command's own; of parts, each change in a line."""
 
     def __init__(self) -> None:
         self._progress = ConsoleProgress()
         self._label, self._done = "", 0.0
+        self._parts: dict[str, str] = {}
 
     def update(self, job: Job) -> None:
-        from edgeft.jobs import last_progress
+        from edgeft.jobs import last_progress, parts
 
+        if found := parts(job.folder):
+            self._show_parts(found)
+            return
         event = last_progress(job.folder)
         if event is None:
             return
@@ -156,6 +164,14 @@ class _Bar:
             self._label, self._done = event.label, 0.0
         self._progress.advance(event.done - self._done, event.note)
         self._done = event.done
+
+    def _show_parts(self, found: dict[str, Event]) -> None:
+        for name, event in found.items():
+            tenths = "" if event.share is None else f" {event.share * 10 // 1 * 10:.0f}%"
+            text = f"{event.label}{tenths} {event.note if event.finished else ''}".strip()
+            if self._parts.get(name) != text:
+                self._parts[name] = text
+                note(f"{name}: {text}")
 
     def finish(self) -> None:
         self._progress.finish()
@@ -172,6 +188,39 @@ def cancel(job: str, force: bool) -> None:
     workflow.cancel(found, force=force)
     ended = workflow.wait(found, timeout_s=90)
     note(f"{found.id}: {_state(ended)}")
+
+
+@jobs.command()
+@click.argument("job")
+def pause(job: str) -> None:
+    """Stop a running job where it is: the processors are free, its memory stays taken."""
+    from edgeft import jobs as workflow
+
+    found = workflow.find_job(job)
+    workflow.pause(found)
+    note(f"{found.id}: paused; edgeft jobs resume {found.id}")
+
+
+@jobs.command()
+@click.argument("job")
+def resume(job: str) -> None:
+    """Let a paused job go on."""
+    from edgeft import jobs as workflow
+
+    found = workflow.find_job(job)
+    workflow.resume(found)
+    note(f"{found.id}: running")
+
+
+@jobs.command()
+@click.argument("job")
+def finish(job: str) -> None:
+    """End a training after this step and keep what it has learned: a finished run, with its adapter and its score."""
+    from edgeft import jobs as workflow
+
+    found = workflow.find_job(job)
+    run = workflow.finish(found)
+    note(f"{found.id}: ends after this step; then {run.path} is a finished run")
 
 
 @jobs.command()
@@ -217,7 +266,7 @@ def remove(job: str | None, ended: bool, dry_run: bool) -> None:
 def _as_dict(job: Job) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from edgeft.jobs import last_progress
+    from edgeft.jobs import last_progress, parts
 
     event = last_progress(job.folder)
     return {
@@ -230,7 +279,9 @@ def _as_dict(job: Job) -> dict[str, Any]:
         "ended": job.ended,
         "seconds": round(job.seconds, 1),
         "after": job.after,
+        "made": str(job.made) if job.made else None,
         "progress": asdict(event) if event else None,
+        "parts": {name: asdict(part) for name, part in parts(job.folder).items()},
         "folder": str(job.folder),
     }
 

@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "chat": ("edgeft.cli.chat:chat", "Talk to a model, offline."),
     "run": ("edgeft.cli.run:run", "One prompt in, one answer out."),
     "train": ("edgeft.cli.train:train", "Fine-tune a base model on a data set."),
+    "curves": ("edgeft.cli.curves:curves", "What a training measures; several runs beside each other."),
     "export": ("edgeft.cli.export:export", "Merge and quantize into one deployable file, in one pass."),
     "imatrix": ("edgeft.cli.imatrix:imatrix", "Measure how much each weight matters on your own text."),
     "verify": ("edgeft.cli.verify:verify", "Prove that a file answers as the trained model does."),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, note, print_json
+from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, made, note, print_json
 from edgeft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def package(
     from edgeft.package.formats import write
 
     bundle, written = write(request, place, format_, ConsoleProgress())
+    made(written)
     if as_json:
         print_json({"path": str(written), **build.summary(bundle)})
     else:

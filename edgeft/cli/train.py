@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, note, print_json
+from edgeft.cli._output import ConsoleProgress, dry_run_option, json_option, made, note, print_json
 from edgeft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,6 +98,11 @@ Examples:
 @click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints.")
 @click.option("--keep", type=click.IntRange(1), help="Checkpoints to keep. Default: 2.")
 @click.option("--seed", type=int, help="Same seed, same run. Default: 0.")
+@click.option("--samples", type=click.IntRange(0), help="Held-out prompts to answer at each validation. Default: 0.")
+@click.option(
+    "--ship-to", "device_profile", metavar="DEVICE", help="Say which file that device wants, and how to train for it."
+)
+@click.option("--finish", is_flag=True, help="With --resume: train no further, keep what the run has learned.")
 @json_option
 @dry_run_option
 def train(
@@ -104,6 +110,8 @@ def train(
     data: str | None,
     out: Path | None,
     resume: Path | None,
+    device_profile: str | None,
+    finish: bool,
     as_json: bool,
     dry_run: bool,
     **flags: Any,
@@ -115,19 +123,24 @@ def train(
     checkpoint and nothing else.
     """
     from edgeft import train as workflow
+    from edgeft.train.advice import advice
     from edgeft.train.workflow import Interrupted
 
     config = _resumed(resume, model, data, flags) if resume else _configured(model, data, out, flags)
+    if finish and _asked_to_finish(resume, dry_run):
+        return
     progress = ConsoleProgress()
-    prepared = None
+    prepared, told = None, []
     try:
         if dry_run or not _is_finished(config):
             prepared = workflow.prepare(config, progress)
-            _show_plan(prepared)
+            told = advice(prepared, device_profile)
+            _show_plan(prepared, told)
         if dry_run and prepared is not None:
             if as_json:
-                print_json(_plan_dict(prepared))
+                print_json({**_plan_dict(prepared), "advice": told})
             return
+        made(config.out)
         outcome = workflow.train(config, progress, resume=resume is not None, prepared=prepared)
     except Interrupted as stopped:
         progress.finish()
@@ -139,6 +152,25 @@ def train(
         print_json(_outcome_dict(outcome))
     else:
         _report(outcome)
+
+
+def _asked_to_finish(resume: Path | None, dry_run: bool) -> bool:
+    """Ask the run to end where it is; whether a job that trains it does the rest."""
+    from edgeft import jobs
+    from edgeft.run import Run
+
+    if resume is None:
+        raise UsageError("--finish needs the run that is meant", "edgeft train --resume RUN --finish")
+    place = resume.absolute()
+    training = [job for job in jobs.list_jobs() if job.made == place and not job.state.ended]
+    if dry_run:
+        note(f"would end {resume} where it is and keep what it has learned")
+    elif training:
+        jobs.finish(training[-1])
+        note(f"job {training[-1].id} ends after this step; edgeft jobs watch {training[-1].id}")
+    else:
+        Run(place).ask_to_finish()
+    return dry_run or bool(training)
 
 
 def _configured(model: str | None, data: str | None, out: Path | None, flags: dict[str, Any]) -> TrainConfig:
@@ -206,7 +238,7 @@ def _is_finished(config: TrainConfig) -> bool:
     return Run(config.out).finished
 
 
-def _show_plan(prepared: Prepared) -> None:
+def _show_plan(prepared: Prepared, told: Sequence[str]) -> None:
     plan, config = prepared.plan, prepared.config
     note(
         f"{config.method} of {config.model} on {config.data}: {plan.examples} examples, "
@@ -219,6 +251,8 @@ def _show_plan(prepared: Prepared) -> None:
         note(f"  {choice:<11} {reason}" if choice != "time" else f"              ({reason})")
     for text in prepared.notes:
         note(f"  note        {text}")
+    for text in told:
+        note(f"  advice      {text}")
 
 
 def _duration(seconds: float) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeft.cli._output import ConsoleProgress, json_option, note, print_json, print_table
+from edgeft.cli._output import ConsoleProgress, json_option, made, note, print_json, print_table
 
 if TYPE_CHECKING:
     from edgeft.data.example import Example
@@ -23,6 +23,7 @@ EPILOG = """
 Examples:
   edgeft verify runs/demo demo-q4.gguf                        on the run's own held-out data
   edgeft verify runs/demo demo-q4.gguf --report demo.html     the same, with plots
+  edgeft verify demo-q4.gguf --last                           what was measured last; measures nothing
   edgeft verify ./base demo-q4.gguf --adapter ./adapter --data mine.jsonl
   edgeft verify runs/demo demo-lora.gguf --base base-q4.gguf  an adapter beside its base
   edgeft verify runs/demo demo-q4.gguf --tolerance kl=0.02 --tolerance top1=0.99
@@ -31,8 +32,8 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", metavar="RUN|MODEL")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("model", metavar="[RUN|MODEL]")
+@click.argument("artifact", type=click.Path(path_type=Path), required=False)
 @click.option("--adapter", type=click.Path(path_type=Path), help="PEFT adapter on MODEL, when that is not a run.")
 @click.option(
     "--base",
@@ -57,10 +58,11 @@ Examples:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Another file of the same task, such as one with 4 bits: loss, bytes and speed of both, and which to take.",
 )
+@click.option("--last", is_flag=True, help="Show what was measured last, out of the file's manifest.")
 @json_option
 def verify(
     model: str,
-    artifact: Path,
+    artifact: Path | None,
     adapter: Path | None,
     base: Path | None,
     data: str | None,
@@ -71,6 +73,7 @@ def verify(
     runtime: str,
     reports: Sequence[Path],
     against: Path | None,
+    last: bool,
     as_json: bool,
 ) -> None:
     """Prove that a file answers as the trained model does, and show what each step on the way costs.
@@ -79,10 +82,15 @@ def verify(
     same chat template, and on held-out data the same next tokens, within limits that depend on the file's bits per
     weight (docs/verify.md). The ledger has every step: the graph that was trained, the merge, the file's tensors in
     torch, the file in its runtime. It goes into the file's manifest, unless only a part of the data is compared. Exit
-    code 5 when a check fails.
+    code 5 when a check fails. Of a file alone, RUN is the one that it was exported from.
     """
+    model, artifact = _of_file(Path(model)) if artifact is None and not last else (model, artifact or Path(model))
+    if last:
+        _show_last(artifact, as_json)
+        return
     limits = dict(_limit(text) for text in tolerance)
     _check_reports(reports)
+    made(artifact)
     from edgeft.artifact import read_manifest
     from edgeft.export import as_exported, find, merged
     from edgeft.sessions import open_session
@@ -120,6 +128,38 @@ def verify(
         context["against"] = _against(artifact, against, held[:examples], runtime, progress)
     _print(report, context, as_json)
     _fail_on(report, artifact)
+
+
+def _of_file(artifact: Path) -> tuple[str, Path]:
+    """The run that a file was exported from, and the file. Raises: UsageError when that is not known."""
+    from edgeft.artifact import open_artifact
+    from edgeft.errors import UsageError
+
+    manifest = open_artifact(artifact).manifest
+    if manifest is None or manifest.run is None:
+        raise UsageError(f"{artifact} does not say which run it is of", "edgeft verify RUN|MODEL ARTIFACT")
+    return manifest.run, artifact
+
+
+def _show_last(artifact: Path, as_json: bool) -> None:
+    """Raises: UsageError when nothing was measured."""
+    from edgeft.artifact import open_artifact
+    from edgeft.errors import UsageError
+    from edgeft.verify.stored import COLUMNS, stored_steps
+
+    manifest = open_artifact(artifact).manifest
+    if manifest is None or not manifest.verification:
+        raise UsageError(f"{artifact} was not verified", "edgeft verify RUN|MODEL ARTIFACT")
+    found = dict(manifest.verification)
+    if as_json:
+        print_json({"artifact": str(artifact), "run": manifest.run, **found})
+        return
+    findings = found.get("findings", ())
+    print_table(_CHECKS, [_finding_row(finding) for finding in findings])
+    click.echo()
+    title = f"{found.get('examples')} examples of {found.get('data')}, in {found.get('runtime')}"
+    print_table(COLUMNS, [step.cells for step in stored_steps(found)], title)
+    click.echo(f"\n{found.get('advice', '')}")
 
 
 def _against(
@@ -194,7 +234,8 @@ def _write_ledger(artifact: Path, report: Report, context: dict[str, Any]) -> No
     assert report.ledger is not None
     told = {key: context[key] for key in ("data", "split", "runtime")}
     found = {**told, "ok": report.ok, "edgeft_version": __version__, **report.ledger.as_dict()}
-    if not update_ledger(artifact, report.losses, {**found, "advice": report.advice}):
+    found |= {"advice": report.advice, "findings": [finding.as_dict() for finding in report.findings]}
+    if not update_ledger(artifact, report.losses, found):
         note(f"note: {artifact} has no manifest beside it to write the ledger into")
 
 
@@ -220,17 +261,7 @@ def _print(report: Report, context: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json({**context, **report.as_dict()})
         return
-    rows = [
-        (
-            finding.name,
-            "skipped" if finding.skipped else "ok" if finding.ok else "FAILED",
-            _number(finding.value),
-            _number(finding.limit),
-            finding.detail,
-        )
-        for finding in report.findings
-    ]
-    print_table(("check", "result", "value", "limit", "what"), rows)
+    print_table(_CHECKS, [_finding_row(finding.as_dict()) for finding in report.findings])
     click.echo()
     for key, value in report.figures.items():
         if value is not None:
@@ -241,6 +272,14 @@ def _print(report: Report, context: dict[str, Any], as_json: bool) -> None:
         click.echo(f"\n{report.advice}")
     if "against" in context:
         _print_against(context["against"])
+
+
+_CHECKS = ("check", "result", "value", "limit", "what")
+
+
+def _finding_row(finding: Mapping[str, Any]) -> tuple[str, ...]:
+    result = "skipped" if finding["skipped"] else "ok" if finding["ok"] else "FAILED"
+    return finding["name"], result, _number(finding["value"]), _number(finding["limit"]), finding["detail"]
 
 
 def _print_ledger(ledger: Ledger) -> None:

@@ -272,6 +272,15 @@ def require_variety(examples: Sequence[Example], where: str) -> None:
         )
 
 
+def first_examples(file: Path, as_format: Format | None, count: int) -> Iterator[list[dict[str, str]]]:
+    """The first examples of a file as turns of `role` and `content`; a plain text is one turn."""
+    records = (item for item in read_records(file, as_format) if isinstance(item, Record))
+    for record in itertools.islice(records, count):
+        example = _examples(record.item)[0]
+        turns = [{"role": str(turn["role"]), "content": str(turn.get("content") or "")} for turn in example.messages]
+        yield turns or [{"role": "text", "content": example.text or ""}]
+
+
 def as_dict(report: Report) -> dict[str, Any]:
     """The report as plain values for JSON."""
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import ConfigError, EdgeftError, UsageError
+from edgeft.progress import Progress
 
 from .host import Options, Outcome, deploy, failed
 from .link import Device
@@ -99,12 +100,17 @@ async def roll_out(
     parcel: Parcel,
     options: Options,
     report: Callable[[Outcome], None],
+    watch: Callable[[Device], Progress] | None = None,
 ) -> list[Outcome]:
-    """Deploy to all, in order; a device's failure is its outcome. One outcome per device, in the same order."""
+    """Deploy to all, in order; a device's failure is its outcome. One outcome per device, in the same order.
+
+    Args:
+        watch: what is told of a device's progress.
+    """
 
     async def one(device: Device) -> Outcome:
         try:
-            outcome = await deploy(device, parcel, options)
+            outcome = await deploy(device, parcel, options, watch(device) if watch else None)
         except EdgeftError as error:
             outcome = failed(device, error)
         report(outcome)

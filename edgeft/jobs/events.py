@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import time
@@ -10,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgeft.paths import parse_json
+from edgeft.errors import WriteError
+from edgeft.paths import parse_json, write_json
 
 VARIABLE = "EDGEFT_JOB"
 """The folder of the job that a command runs for."""
+MADE = "made.json"
 INTERVAL_S = 0.5
 """Between two lines about the same stage."""
 
@@ -30,6 +34,8 @@ class Event:
     unit: str
     note: str
     finished: bool
+    part: str = ""
+    """Which of several things that are done side by side, such as a device of a fleet."""
 
     @property
     def share(self) -> float | None:
@@ -39,25 +45,37 @@ class Event:
 class JobEvents:
     """Writes events; never raises: a full disk must not end the work that is watched."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, part: str = "") -> None:
+        self._folder, self._part = folder, part
         self._file = folder / "events.jsonl"
         self._stage: Event | None = None
         self._written = 0.0
 
     @classmethod
-    def from_environment(cls) -> JobEvents | None:
+    def from_environment(cls, part: str = "") -> JobEvents | None:
         folder = os.environ.get(VARIABLE)
-        return cls(Path(folder)) if folder else None
+        return cls(Path(folder), part) if folder else None
+
+    def made(self, path: Path) -> None:
+        """What the job makes, or has looked at: where the next step begins."""
+        with contextlib.suppress(WriteError):
+            write_json(self._folder / MADE, {"made": str(path.absolute())})
+
+    def tell(self, label: str, note: str) -> None:
+        """The state of a part, outside of any stage."""
+        self.finish()
+        self._write(Event(time.time(), label, 0.0, None, "", note, True, self._part))
+        self._stage = None
 
     def start(self, label: str, total: float | None, unit: str) -> None:
         self.finish()
-        self._write(Event(time.time(), label, 0.0, total, unit, "", False))
+        self._write(Event(time.time(), label, 0.0, total, unit, "", False, self._part))
 
     def at(self, done: float, note: str) -> None:
         stage = self._stage
         if stage is None:
             return
-        event = Event(time.time(), stage.label, done, stage.total, stage.unit, note, False)
+        event = dataclasses.replace(stage, time=time.time(), done=done, note=note)
         if time.monotonic() - self._written >= INTERVAL_S:
             self._write(event)
         else:
@@ -65,7 +83,7 @@ class JobEvents:
 
     def finish(self) -> None:
         if (stage := self._stage) is not None:
-            self._write(Event(time.time(), stage.label, stage.done, stage.total, stage.unit, stage.note, True))
+            self._write(dataclasses.replace(stage, time=time.time(), finished=True))
             self._stage = None
 
     def _write(self, event: Event) -> None:
@@ -89,6 +107,11 @@ def read_events(folder: Path) -> Iterator[Event]:
             yield Event(**parse_json(line))
         except (ValueError, TypeError):
             continue
+
+
+def parts(folder: Path) -> dict[str, Event]:
+    """The newest event of every part, in the order in which they began."""
+    return {event.part: event for event in read_events(folder) if event.part}
 
 
 def last_progress(folder: Path) -> Event | None:

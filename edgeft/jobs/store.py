@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import UsageError
+from edgeft.jobs.events import MADE
 from edgeft.paths import home, parse_json
 
+PAUSED = "paused.json"
 WAITING_S = 30.0
 """How long a job without a lock may take to begin before it counts as lost."""
 
@@ -22,6 +24,8 @@ class State(enum.StrEnum):
     WAITING = "waiting"
     """It begins when the job it comes after has ended well, or in an instant."""
     RUNNING = "running"
+    PAUSED = "paused"
+    """Its processes are stopped where they are; their memory stays taken."""
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -30,7 +34,7 @@ class State(enum.StrEnum):
 
     @property
     def ended(self) -> bool:
-        return self not in (State.WAITING, State.RUNNING)
+        return self not in (State.WAITING, State.RUNNING, State.PAUSED)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Job:
     code: int | None
     """Exit code of the command; negative: the signal that ended it."""
     ended: float | None
+    made: Path | None = None
+    """What it makes, as far as it has said so."""
 
     @property
     def stdout(self) -> Path:
@@ -121,6 +127,7 @@ def read_job(folder: Path) -> Job | None:
         state=state,
         code=end.get("code"),
         ended=end.get("ended"),
+        made=Path(made) if isinstance(made := _object(folder / MADE).get("made"), str) else None,
     )
 
 
@@ -132,7 +139,7 @@ def _ended_state(end: dict[str, Any]) -> State:
 
 def _running_state(folder: Path, created: float) -> State:
     if is_locked(folder / "lock"):
-        return State.RUNNING
+        return State.PAUSED if (folder / PAUSED).exists() else State.RUNNING
     if is_locked(folder / "supervisor.lock") or (
         not (folder / "state.json").exists() and time.time() - created < WAITING_S
     ):

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import UsageError, WriteError
-from edgeft.jobs.store import Job, State, find_job, is_locked, jobs_dir, read_job, read_state
+from edgeft.jobs.store import PAUSED, Job, State, find_job, is_locked, jobs_dir, read_job, read_state
 from edgeft.paths import write_json
+from edgeft.run import Run
 
 POLL_S = 0.2
 
@@ -104,6 +105,55 @@ def cancel(job: Job, *, force: bool = False) -> None:
         _send(ids.get("supervisor"), signal.SIGUSR1 if force else signal.SIGTERM)
     elif is_locked(job.folder / "lock"):
         _send(ids.get("command"), signal.SIGKILL if force else signal.SIGINT)
+    if job.state is State.PAUSED:
+        _continue(job)
+
+
+def pause(job: Job) -> None:
+    """Stop the command where it is: the processors are free, its memory stays taken. A reboot ends it as a kill would.
+
+    Raises:
+        UsageError: when it does not run.
+    """
+    if job.state is not State.RUNNING or not isinstance(read_state(job).get("command"), int):
+        raise UsageError(f"job {job.id} is {job.state}: only what runs can be paused")
+    write_json(job.folder / PAUSED, {"since": time.time()})
+    _send_all(job, signal.SIGSTOP)
+
+
+def resume(job: Job) -> None:
+    """Let a paused job go on.
+
+    Raises:
+        UsageError: when it is not paused.
+    """
+    if job.state is not State.PAUSED:
+        again = " edgeft jobs retry goes on from its checkpoint." if job.state.ended else ""
+        raise UsageError(f"job {job.id} is {job.state}, not paused", again.strip() or None)
+    _continue(job)
+
+
+def _continue(job: Job) -> None:
+    (job.folder / PAUSED).unlink(missing_ok=True)
+    _send_all(job, signal.SIGCONT)
+
+
+def finish(job: Job) -> Run:
+    """Ask a training to end after this step and to keep what it has learned, as a finished run.
+
+    Raises:
+        UsageError: when the job trains nothing, or does not run.
+    """
+    if job.command[0] != "train" or job.made is None:
+        raise UsageError(f"job {job.id} trains nothing, or has not begun to")
+    if job.state.ended:
+        hint = f"edgeft train --resume {job.made} --finish keeps what it has learned."
+        raise UsageError(f"job {job.id} has ended: {job.state}", hint)
+    run = Run(job.made)
+    run.ask_to_finish()
+    if job.state is State.PAUSED:
+        _continue(job)
+    return run
 
 
 def _send(process: object, number: signal.Signals) -> None:
@@ -112,17 +162,25 @@ def _send(process: object, number: signal.Signals) -> None:
             os.kill(process, number)
 
 
+def _send_all(job: Job, number: signal.Signals) -> None:
+    """To the command's process group. Its lock says whether the id is still its own."""
+    command = read_state(job).get("command")
+    if isinstance(command, int) and is_locked(job.folder / "lock"):
+        with suppress(ProcessLookupError):
+            os.killpg(command, number)
+
+
 def retry_command(job: Job) -> tuple[str, ...]:
     """The command to run again; a training that left a run behind is continued.
 
     Raises:
         UsageError: when the job has not failed.
     """
-    if job.state in (State.WAITING, State.RUNNING, State.DONE):
+    if not job.state.ended or job.state is State.DONE:
         raise UsageError(f"job {job.id} is {job.state}: there is nothing to try again")
     command = job.command
     if command[0] == "train" and "--resume" not in command:
-        out = _value(command, "--out")
+        out = _value(command, "--out") or (str(job.made) if job.made else None)
         if out and (job.directory / out / "config.toml").is_file():
             return ("train", "--resume", out)
     return command

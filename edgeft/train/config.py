@@ -69,6 +69,8 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints kept, besides the best weights."""
     seed: int = 0
+    samples: int = 0
+    """Held-out prompts that are answered at each validation; see edgeft.train.samples."""
     target: str | None = None
     """The export target whose rounding the forward pass computes with; see edgeft.train.grids."""
     quantize_after: float = 0.0
@@ -86,7 +88,14 @@ class TrainConfig:
     """Ternary: bits of the layers' inputs in training."""
 
     def __post_init__(self) -> None:
-        for name, smallest in (("rank", 1), ("patience", 0), ("keep", 1), ("eval_every", 0), ("save_every", 0)):
+        for name, smallest in (
+            ("rank", 1),
+            ("patience", 0),
+            ("keep", 1),
+            ("samples", 0),
+            ("eval_every", 0),
+            ("save_every", 0),
+        ):
             if getattr(self, name) < smallest:
                 raise UsageError(f"{name.replace('_', '-')} must be at least {smallest}, not {getattr(self, name)}")
         if self.epochs <= 0:

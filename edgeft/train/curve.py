@@ -18,16 +18,25 @@ def points(run: Run, key: str) -> list[tuple[int, float]]:
     return [(line["step"], line[key]) for line in run.metrics() if isinstance(line.get(key), (int, float))]
 
 
-def terminal_curve(run: Run, width: int = 64, height: int = 10) -> str:
+def loss_range(runs: Sequence[Run]) -> tuple[float, float] | None:
+    """The least and the largest smoothed training loss of all runs, for one scale; None when nothing was logged."""
+    found = [loss for run in runs for loss in _smoothed([loss for _, loss in points(run, "loss")])]
+    return (min(found), max(found)) if found else None
+
+
+def terminal_curve(run: Run, width: int = 64, height: int = 10, span: tuple[float, float] | None = None) -> str:
     """Training loss (smoothed) drawn in braille dots, with the validation losses listed below.
 
     Empty when nothing was logged yet.
+
+    Args:
+        span: the losses at the lower and the upper end; default: the run's own.
     """
     losses = points(run, "loss")
     if not losses:
         return ""
     smooth = _smoothed([loss for _, loss in losses])
-    low, high = min(smooth), max(smooth)
+    low, high = span or (min(smooth), max(smooth))
     rows = _braille(smooth, low, high, width, height)
     labels = [f"{high:8.4f} ┤", *["         │"] * (height - 2), f"{low:8.4f} ┤"]
     body = [label + row for label, row in zip(labels, rows, strict=True)]

@@ -26,6 +26,7 @@ from edgeft.train.evaluation import evaluate
 from edgeft.train.packing import Schedule
 from edgeft.train.plan import TrainPlan
 from edgeft.train.recorder import Recorder
+from edgeft.train.samples import prompts, sampled
 
 
 class Diverged(EdgeftError):
@@ -170,6 +171,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             tokens_per_s=round(speed, 1),
             memory_peak_bytes=memory.peak(self.args.device.type),
             elapsed_s=round(session.state.elapsed_s, 3),
+            left_s=round(session.state.elapsed_s / step * (session.schedule.steps - step), 1),
         )
         left = session.schedule.steps - step
         session.progress.advance(1, f"loss {logs['loss']:.4f} · {speed:.0f} tokens/s · {_clock(left * seconds)} left")
@@ -181,7 +183,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         if self.session.stop_requested or step >= self.session.schedule.steps:
             self.control.should_save = True
             self.control.should_training_stop = True
-        if step >= self.session.schedule.steps:
+        if step >= self.session.schedule.steps or self._asked_to_finish(step):
             self.control.should_evaluate = bool(self.session.valid)
             self.session.state.finished = True
         self._closed_step = step
@@ -189,6 +191,14 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         now = time.perf_counter()
         self.session.state.elapsed_s += now - self._step_started
         self._step_started = now
+
+    def _asked_to_finish(self, step: int) -> bool:
+        """Whether to keep what has been learned so far as the result."""
+        if not self.session.recorder.run.asked_to_finish:
+            return False
+        self.session.recorder.event("finished early", step=step)
+        self.control.should_save = self.control.should_training_stop = True
+        return True
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate, remember the best weights, and stop when there was no gain for long."""
@@ -198,6 +208,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         epoch = round(session.schedule.epoch_at(step), 4)
         session.recorder.metric(step=step, epoch=epoch, val_loss=result.nll)
         session.recorder.event("evaluation", step=step, val_loss=result.nll)
+        self._sample(step)
         if self.aware is not None and not self.aware.ships:
             return {"eval_loss": result.nll}  # of a graph that is not the one to ship
         if state.best_nll is None or result.nll < state.best_nll:
@@ -210,6 +221,13 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             session.recorder.event("stopped early", step=step, best_step=state.best_step)
             self.control.should_save = self.control.should_training_stop = state.finished = True
         return {"eval_loss": result.nll}
+
+    def _sample(self, step: int) -> None:
+        """Answer the held-out prompts that are asked at each validation."""
+        session = self.session
+        if asked := prompts(session.valid, session.config.samples, session.plan.micro_tokens):
+            given = sampled(self.model, self.processing_class, asked, self._autocast)
+            session.recorder.event("samples", step=step, samples=given)
 
     # Checkpoints
 

@@ -232,6 +232,7 @@ def _train(run: Run, ready: Prepared, progress: Progress) -> Outcome:
     _save_result(run, trainer, ready)
     manifest = _manifest(ready, result, session)
     run.write_manifest(manifest)
+    (run.path / "finish").unlink(missing_ok=True)
     recorder.event("finished", **manifest.evaluation)
     _draw(run)
     return Outcome(run, manifest, ready.schedule.steps, session.state.tokens, session.state.elapsed_s)
@@ -303,7 +304,7 @@ def _run_steps(trainer: PackedTrainer, session: Session, run: Run) -> None:
         trainer.load_weights(last)
     session.recorder.rewind(step)
     session.recorder.event("resumed" if last else "started", step=step, steps=session.schedule.steps)
-    if session.state.finished:
+    if session.state.finished or (last is not None and run.asked_to_finish):
         return
     session.progress.start("train", session.schedule.steps, "steps")
     session.progress.advance(step)

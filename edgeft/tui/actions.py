@@ -19,7 +19,10 @@ class How(enum.Enum):
     JOB = "a job in the background"
     SHOW = "its output"
     WATCH = "a job's progress"
-    CURVE = "a run's curves"
+    CURVE = "curves of runs"
+    EXPORT = "the plan of every target, then a job"
+    LEDGER = "what each step lost"
+    DEPLOY = "devices, each with its progress"
     FIT = "a table of devices"
     CASCADE = "a cascade: settings, threshold, spending, privacy"
 
@@ -66,12 +69,11 @@ def general() -> list[Action]:
         Action("Train a model", ("train",), How.FORM),
         Action("Check a data set", ("data", "check"), How.FORM),
         Action("Prepare a data set", ("data", "prepare"), How.FORM),
-        Action("Export a model", ("export",), How.FORM),
+        Action("Export a model", ("export",), How.EXPORT),
         Action("Pull a model", ("models", "pull"), How.FORM),
         Action("Import a model", ("models", "import"), How.FORM),
-        Action("Bring a bundle onto devices", ("deploy", "send"), How.FORM),
-        Action("What is installed on devices", ("deploy", "status"), How.FORM),
-        Action("Devices back to the version before", ("deploy", "rollback"), How.FORM),
+        Action("Package a model for a device", ("package",), How.FORM),
+        Action("Bundles on devices: send, status, roll back", ("deploy", "send"), How.DEPLOY),
         Action("Begin a cascade", ("cascade", "init"), How.FORM),
         Action("Fit a cascade to its model", ("cascade", "tune"), How.FORM),
         Action("Judge a cascade", ("cascade", "report"), How.FORM),
@@ -130,11 +132,12 @@ def _run(item: Item) -> list[Action]:
     if item.state == "not finished":
         return [
             Action("Continue training", ("train", "--resume", item.name), How.JOB),
-            Action("Curves", ("status", item.name), How.CURVE),
+            Action("Keep what it has learned", ("train", "--resume", item.name, "--finish"), How.JOB),
+            Action("Curves, samples, comparison", ("curves", item.name), How.CURVE),
         ]
     return [
-        Action("Export", item.next, How.FORM),
-        Action("Curves", ("status", item.name), How.CURVE),
+        Action("Export", item.next, How.EXPORT),
+        Action("Curves, samples, comparison", ("curves", item.name), How.CURVE),
         Action("Will it fit?", ("devices", "fit", item.name), How.FIT),
     ]
 
@@ -149,6 +152,8 @@ def _artifact(item: Item) -> list[Action]:
     ]
     if item.next[0] == "verify":
         found.insert(0, Action("Verify", item.next, How.JOB))
+    if item.state == "verified":
+        found.insert(1, Action("See what each step lost", ("verify", item.name, "--last"), How.LEDGER))
     return found
 
 
@@ -167,13 +172,15 @@ def _bundle(item: Item) -> list[Action]:
         ]
     return [
         Action("Chat", ("chat", item.name), How.CHAT),
-        Action("Bring it onto devices", ("deploy", "send", item.name), How.FORM),
+        Action("Bring it onto devices", ("deploy", "send", item.name), How.DEPLOY),
         Action("Install here", ("install", item.name), How.FORM),
     ]
 
 
 def _job(item: Item) -> list[Action]:
     watch = Action("Watch", ("jobs", "watch", item.name), How.WATCH)
+    if item.state == "paused":
+        return [watch, Action("Go on", ("jobs", "resume", item.name), How.SHOW)]
     if item.state in ("running", "waiting"):
         return [watch, Action("Cancel", ("jobs", "cancel", item.name), How.SHOW)]
     after = [Action("Forget", ("jobs", "rm", item.name), How.SHOW)]

@@ -47,6 +47,16 @@ class EdgeftApp(App[None]):
         if plain:
             self.animation_level = "none"
 
+    @property
+    def commands(self) -> click.Group:
+        """All of `edgeft`."""
+        return self._commands
+
+    @property
+    def folder(self) -> Path:
+        """Where runs and files are looked for, and jobs are started."""
+        return self._folder
+
     def get_default_screen(self) -> Screen[None]:
         return HomeScreen(self._folder)
 
@@ -83,8 +93,8 @@ class EdgeftApp(App[None]):
         # Screens are imported when they are wanted: the first paint does not wait for them.
         from edgeft import jobs
         from edgeft.tui.forms import FormScreen
-        from edgeft.tui.jobs import JobScreen
         from edgeft.tui.output import OutputScreen
+        from edgeft.tui.workflows import screen_for, watching
 
         if action.how is How.CHAT:
             self._chat(action.command)
@@ -97,25 +107,28 @@ class EdgeftApp(App[None]):
         elif action.how is How.SHOW:
             self.push_screen(OutputScreen(action.command))
         elif action.how is How.WATCH:
-            self.push_screen(JobScreen(jobs.find_job(action.command[-1])))
+            self.push_screen(watching(jobs.find_job(action.command[-1]), self._commands))
         elif action.how is How.FIT:
             self._fit(action.command)
         elif action.how is How.CASCADE:
             self._cascade(action.command[-1])
         else:
-            self._curves(action.command[-1])
+            self.push_screen(screen_for(self._commands, action, self.start, self._folder))
 
     def start(self, command: Sequence[str]) -> None:
         """Run a command as a job and watch it."""
-        from edgeft import jobs
-        from edgeft.tui.jobs import JobScreen
+        self.start_all([command])
+
+    def start_all(self, commands: Sequence[Sequence[str]]) -> None:
+        """Run commands as jobs, one after the other, and watch the first."""
+        from edgeft.tui.workflows import start_all, watching
 
         try:
-            job = jobs.start(command, directory=self._folder)
+            job = start_all(commands, self._folder)
         except EdgeftError as error:
             self.notify(error.message, severity="error")
             return
-        self.push_screen(JobScreen(job))
+        self.push_screen(watching(job, self._commands))
 
     def _chat(self, command: Sequence[str]) -> None:
         from edgeft.tui.forms import find_command, values_of
@@ -167,12 +180,6 @@ class EdgeftApp(App[None]):
         from edgeft.tui.cascade import CascadeScreen
 
         self.push_screen(CascadeScreen(Path(file) if self._folder == Path.cwd() else self._folder / file))
-
-    def _curves(self, folder: str) -> None:
-        from edgeft.run import Run
-        from edgeft.tui.curves import CurvesScreen
-
-        self.push_screen(CurvesScreen([Run(self._folder / folder)]))
 
     def action_help(self) -> None:
         from edgeft.tui.help import HelpScreen

@@ -11,23 +11,32 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
 from textual.screen import Screen
+from textual.suggester import SuggestFromList
 from textual.widgets import Button, Checkbox, Collapsible, Footer, Input, Label, Select, Static, TextArea
 
 from edgeft.tui.actions import command_line
 from edgeft.tui.output import run_command
+from edgeft.tui.workflows import application
 
 MAIN: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    ("train",): ("model", "data", "method", "target", "epochs", "rank", "out"),
-    ("export",): ("run", "target", "device", "fit", "out"),
+    ("train",): ("model", "data", "method", "device_profile", "target", "epochs", "samples", "rank", "out"),
+    ("export",): ("model", "target", "device", "fit", "out"),
     ("eval",): ("model", "data", "metrics"),
-    ("package",): ("artifact", "device", "out"),
-    ("verify",): ("run", "artifact", "report"),
+    ("package",): ("model", "device", "format_", "out"),
+    ("verify",): ("model", "artifact", "reports"),
+    ("deploy", "send"): ("bundle", "addresses", "inventory", "identity"),
 }
 """What most people set; the rest is under "More". A command that is not here shows everything."""
-HIDDEN = frozenset({"as_json", "dry_run", "help", "list_only", "list_"})
+HIDDEN = frozenset({"as_json", "dry_run", "help", "list_only", "list_", "last"})
 """Options about output, which the screen decides."""
-QUICK = frozenset({"devices", "models", "data", "install", "eval"})
-"""Verbs whose result one waits for."""
+KNOWN: Mapping[str, frozenset[str]] = {
+    "model": frozenset({"model", "run", "artifact"}),
+    "artifact": frozenset({"artifact"}),
+    "bundle": frozenset({"bundle"}),
+    "device": frozenset({"device"}),
+    "device_profile": frozenset({"device"}),
+}
+"""Parameters -> the kinds of things whose names are offered while one types."""
 
 
 def find_command(commands: click.Group, path: Sequence[str]) -> tuple[click.Command, tuple[str, ...], tuple[str, ...]]:
@@ -59,7 +68,7 @@ def arguments(values: Mapping[str, Any], command: click.Command) -> Iterator[str
         if value in (None, "", False):
             continue
         if isinstance(parameter, click.Argument):
-            last.extend(str(value).split() if parameter.nargs != 1 else [str(value)])
+            last.extend(str(value).replace(",", " ").split() if parameter.nargs != 1 else [str(value)])
         elif getattr(parameter, "is_flag", False):
             yield parameter.opts[0]
         else:
@@ -92,12 +101,15 @@ class FormScreen(Screen[None]):
         Binding("escape", "app.pop_screen", "Back"),
         Binding("ctrl+s", "start", "Start"),
         Binding("f5", "plan", "Plan"),
+        Binding("f4", "data", "Look at the data"),
         Binding("f3", "copy", "Copy command"),
     ]
-    HELP = """Every field is an option of the command above, which follows what you type.
+    HELP = """Every field is an option of the command above, which follows what you type. Names that are known here are
+offered in grey; **→** takes them.
 
-**F5** shows what would be done, and writes nothing. **Ctrl+S** starts it: long work as a job, which goes on when
-this screen closes. **F3** copies the command. **Tab** goes to the next field."""
+**F5** shows what would be done, with advice where there is any, and writes nothing. **F4** shows what a data set
+holds: what is wrong with it, how long its examples are, the first of them. **Ctrl+S** starts the command: long work as
+a job, which goes on when this screen closes. **F3** copies it. **Tab** goes to the next field."""
 
     def __init__(self, commands: click.Group, path: Sequence[str], start: Callable[[tuple[str, ...]], None]) -> None:
         super().__init__()
@@ -122,8 +134,8 @@ this screen closes. **F3** copies the command. **Tab** goes to the next field.""
         yield TextArea("", read_only=True, soft_wrap=False, id="plan")
         with Horizontal(id="buttons"):
             if self._plans:
-                yield Button("Plan", id="do-plan")
-            yield Button("Start", id="do-start", variant="primary")
+                yield Button("Plan", id="do-plan", compact=True)
+            yield Button("Start", id="do-start", variant="primary", compact=True)
         yield Footer(show_command_palette=False)
 
     @property
@@ -137,20 +149,36 @@ this screen closes. **F3** copies the command. **Tab** goes to the next field.""
         title = parameter.opts[0] if isinstance(parameter, click.Option) else (parameter.human_readable_name).lower()
         about = (getattr(parameter, "help", None) or ("required" if parameter.required else "")).strip()
         if getattr(parameter, "is_flag", False):
-            yield Checkbox(f"{title.lstrip('-')}: {about}", value=bool(value), id=identity)
+            yield Checkbox(f"{title.lstrip('-')}: {about}", value=bool(value), id=identity, compact=True)
             return
         yield Label(f"{title.lstrip('-')}  [dim]{_escaped(about)}[/dim]", classes="title")
         if isinstance(parameter.type, click.Choice):
             choices = [(str(choice), str(choice)) for choice in parameter.type.choices]
             known = value if any(value == choice for _, choice in choices) else Select.NULL
-            yield Select(choices, value=known, id=identity, prompt="default")
+            yield Select(choices, value=known, id=identity, prompt="default", compact=True)
         else:
-            yield Input(str(value or ""), id=identity, placeholder=parameter.metavar or "")
+            yield Input(str(value or ""), id=identity, placeholder=parameter.metavar or "", compact=True)
 
     def on_mount(self) -> None:
         self.query_one("#plan").display = False
         self._changed()
-        self.query("#fields Input, #fields Select").first().focus()
+        empty = [field for field in self.query("#fields > Input").results(Input) if not field.value]
+        self.set_focus((empty or self.query("#fields Input, #fields Select"))[0])  # at once: keys may be waiting
+        self._offer()
+
+    @work(exclusive=True, group="offer")
+    async def _offer(self) -> None:
+        """Names of what is here, while one types."""
+        from asyncio import to_thread
+
+        from edgeft.inventory import data_sets, inventory
+
+        items = await to_thread(inventory, application(self).folder)
+        names = {key: [item.name for item in items if item.kind in kinds] for key, kinds in KNOWN.items()}
+        names["data"] = names["dataset"] = await to_thread(data_sets, application(self).folder)
+        for key, offered in names.items():
+            for field in self.query(f"#field-{key}").results(Input):
+                field.suggester = SuggestFromList(offered)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -172,14 +200,45 @@ this screen closes. **F3** copies the command. **Tab** goes to the next field.""
     def _changed(self) -> None:
         self.query_one("#line", Static).update("$ " + command_line(self.words))
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "data":
+            return self._data is not None
+        return self._plans if action == "plan" else True
+
+    @property
+    def _data(self) -> str | None:
+        """The data set that is named; None where the command has none."""
+        for name in ("data", "dataset"):
+            if any(one.name == name for one in fields(self._command)):
+                return str(self._filled().get(name) or "") if self.is_mounted else ""
+        return None
+
     @on(Button.Pressed, "#do-plan")
+    def action_plan(self) -> None:
+        self._show((*self.words, "--dry-run"))
+
+    def action_data(self) -> None:
+        data, model = self._data, str(self._filled().get("model") or "")
+        if not data:
+            self.notify("Name a data set first.", severity="warning")
+            return
+        self._show(("data", "check", data, "--preview", "2", *(("--model", model) if model else ())))
+
+    @on(Input.Submitted, "#field-data")
+    def _data_chosen(self) -> None:
+        if self._data:
+            self.action_data()
+
     @work(exclusive=True)
-    async def action_plan(self) -> None:
+    async def _show(self, command: tuple[str, ...]) -> None:
+        """A command that writes nothing, and what it says."""
         area = self.query_one("#plan", TextArea)
         area.display = area.loading = True
-        code, out, remarks = await run_command((*self.words, "--dry-run"))
+        code, out, remarks = await run_command(command, columns=max(40, self.size.width - 4))
         area.loading = False
-        area.load_text(remarks + out + (f"\nexit code {code}" if code else ""))
+        said = "\n".join(line for line in remarks.splitlines() if not line.endswith(" …"))
+        ended = f"\nexit code {code}" if code else ""
+        area.load_text(f"$ {command_line(command)}\n{said}\n{out}{ended}")
 
     @on(Button.Pressed, "#do-start")
     def action_start(self) -> None:

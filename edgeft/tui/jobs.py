@@ -1,38 +1,38 @@
-"""One job: its progress, what it writes, cancel, try again."""
+"""One job: its progress, what it writes, cancel, try again, the next step."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import ClassVar
 
-from textual import on, work
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.message import Message
-from textual.screen import Screen
 from textual.widgets import Footer, Label, ProgressBar, RichLog, Static
 
 from edgeft import jobs
-from edgeft.errors import EdgeftError
-from edgeft.jobs import Job, State
+from edgeft.jobs import Event, Job
+from edgeft.tui.actions import command_line
+from edgeft.tui.control import CONTROLS, JobControl
 
 REFRESH_S = 0.5
 
 
-class JobScreen(Screen[None]):
+class JobScreen(JobControl):
     """Reads the job's folder, as `edgeft jobs watch` in another terminal may do at the same time."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q", "app.pop_screen", "Back"),
-        Binding("x", "cancel", "Cancel the job"),
-        Binding("r", "retry", "Try again"),
+        *CONTROLS,
         Binding("p", "curves", "Curves"),
         Binding("c", "copy", "Copy command"),
     ]
     HELP = """The job goes on when you leave this screen, or edgeft, or the connection breaks.
 
-**x** stops it as Ctrl-C would: training writes a checkpoint first. **r** starts a job that failed again; a training
-goes on where it was. **p** shows the curves of a training."""
+**x** stops it as Ctrl-C would: training writes a checkpoint first. **Space** pauses it and lets it go on. **r** starts
+a job that failed again; a training goes on where it was. **p** shows the curves of a training. When it has ended well,
+**Enter** does what one would do next with what it made."""
 
     class Ended(Message):
         """The job has ended while it was watched."""
@@ -59,13 +59,16 @@ goes on where it was. **p** shows the curves of a training."""
         self._timer = self.set_interval(REFRESH_S, self._look)
 
     def _look(self) -> None:
-        now = jobs.find_job(self.job.id) if self.job.folder.is_dir() else self.job
-        was, self.job = self.job, now
+        was = self.job
+        self.see_job()
+        now = self.job
         code = f" (exit code {now.code})" if now.code else ""
-        self.query_one("#state", Label).update(f"{now.id}: {now.state}{code}, in {now.directory}")
+        self.query_one("#state", Label).update(f"{now.id}: {now.state}{code}, in {now.directory}{self.then()}")
         self._show_progress()
         for name in self._read:
             self._copy(name, now.folder / name)
+        if now.state is not was.state:
+            self.refresh_bindings()
         if now.state.ended and not was.state.ended:
             self.post_message(self.Ended(now))
         if now.state.ended:
@@ -77,7 +80,7 @@ goes on where it was. **p** shows the curves of a training."""
         bar.display = event is not None and not self.job.state.ended
         if event is not None:
             bar.update(total=event.total, progress=event.done)
-            self.query_one("#stage", Label).update(f"{event.label} {event.note}")
+            self.query_one("#stage", Label).update(_stage(event))
 
     def _copy(self, name: str, file: Path) -> None:
         try:
@@ -91,33 +94,30 @@ goes on where it was. **p** shows the curves of a training."""
             self.query_one(RichLog).write(block.decode(errors="replace").rstrip("\n"))
 
     @on(Ended)
-    def _say(self, event: Ended) -> None:
-        good = event.job.state is State.DONE
-        self.notify(f"{event.job.id}: {event.job.state}", severity="information" if good else "warning")
+    def _say(self) -> None:
+        self.say_ended()
 
-    @work(thread=True)
-    def action_cancel(self) -> None:
-        try:
-            jobs.cancel(self.job)
-        except EdgeftError as error:
-            self.app.call_from_thread(self.notify, error.message, severity="warning")
-
-    def action_retry(self) -> None:
-        try:
-            again = jobs.start(jobs.retry_command(self.job), directory=self.job.directory, notify=self.job.notify)
-        except EdgeftError as error:
-            self.notify(error.message, severity="warning")
-        else:
-            self.app.switch_screen(JobScreen(again))
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "curves":
+            return self.job.command[0] == "train" and self.job.made is not None
+        return super().check_action(action, parameters)
 
     def action_curves(self) -> None:
-        from edgeft.tui.curves import CurvesScreen, run_of
+        from edgeft.run import Run
+        from edgeft.tui.curves import CurvesScreen
 
-        if run := run_of(self.job):
-            self.app.push_screen(CurvesScreen([run]))
-        else:
-            self.notify("this job trains nothing", severity="warning")
+        if self.job.made:
+            self.app.push_screen(CurvesScreen([Run(self.job.made)]))
 
     def action_copy(self) -> None:
-        self.app.copy_to_clipboard(str(self.job))
+        self.app.copy_to_clipboard(command_line(self.job.command))
         self.notify("copied")
+
+
+def _stage(event: Event) -> str:
+    unit = (
+        f"{event.done:.0f} of {event.total:.0f} {event.unit}".strip()
+        if event.total and event.unit not in ("bytes", "B")
+        else ""
+    )
+    return f"{event.label}  {unit}  {event.note}"
