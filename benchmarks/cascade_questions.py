@@ -115,7 +115,8 @@ def sort(dice: random.Random) -> Pair:
 
 TASKS: Mapping[str, Callable[[random.Random], Pair]] = {"home": home, "dates": dates, "orders": orders, "sort": sort}
 FEWEST_NUMBERS = 3
-"""Of a reported question of "sort": of 40 development ones the device had 28 right, 9 of the 10 with two among them."""
+"""Of a reported question of "sort": of 150 development ones the device had 61 % right, 29 of the 32 with two numbers
+among them, and 53 % of the others."""
 
 
 def examples(task: str, purpose: Purpose, count: int) -> list[Example]:

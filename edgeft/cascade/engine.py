@@ -68,7 +68,8 @@ class Cascade:
             kept = dataclasses.replace(settings.policy, kind="on-error", calibration="")
             settings = dataclasses.replace(settings, policy=kept)
         local = settings.local
-        options = LoadOptions(context=local.context or None, threads=local.threads or None)
+        threads = local.threads or None  # a limit on cores holds for the prompt as well
+        options = LoadOptions(context=local.context or None, threads=threads, threads_batch=threads)
         beside = settings.beside(local.model)
         opened = open_session(str(beside) if beside.exists() else local.model, local.runtime, options, progress)
         try:
