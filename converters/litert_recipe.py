@@ -18,7 +18,7 @@ HEAD_OUTPUT = "decode_logits_output"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Symmetric integers; activations are rounded to 8 bits where they are multiplied."""
+    """Symmetric integers."""
 
     description: str
     bits: int
@@ -30,6 +30,9 @@ class Recipe:
     algorithm: str = "min_max_uniform_quantize"
     eight: tuple[str, ...] = ()
     """Layers' linear weights that keep 8 bits, by the end of their name."""
+    activations: int = 8
+    """Bits they are rounded to where they are multiplied. 32: not at all; the engine then unpacks weights to float32
+    when it loads them, once for prompts and once for answers."""
     context: int = 1024
     """Tokens of prompt and answer. Every token attends to all of them, seen or not: it costs time, not only memory."""
 
@@ -37,9 +40,19 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {
     "litert": Recipe("The same as litert-int8.", 8, 8.1),
     "litert-int8": Recipe("LiteRT-LM file, 8 bits per row.", 8, 8.1),
+    "litert-w8": Recipe("LiteRT-LM file, 8 bits per row, activations in float32.", 8, 8.1, activations=32),
     "litert-q4": Recipe("LiteRT-LM file, 4 bits in blocks of 32, embedding and head 8.", 4, 5.3, 32, "OCTAV"),
     "litert-fp32": Recipe("LiteRT-LM file, not quantized, float32.", 32, 32.0),
 }
+
+_SIGNATURES = 2
+"""One for whole batches of a prompt, one for one token. Weights are shared, what is said about them is not."""
+
+_ROW_BYTES = 4 + 8
+"""Scale and zero point of a row, in float32 and int64."""
+
+_LAYER_BYTES = 85_000
+"""Of operations, names and shapes, in both signatures together; measured with 30 layers of Llama's kind."""
 
 _ALGORITHMS = {"minmax": "min_max_uniform_quantize", "octav": "OCTAV"}
 
@@ -57,14 +70,14 @@ def make_plan(source: Source, target: str, options: ConvertOptions) -> Plan:
     longest = int(weights.config.get("max_position_embeddings") or recipe.context)
     recipe = replace(recipe, context=min(recipe.context, longest))
     tensors = tuple(_tensor(name, tensor.shape, weights, recipe) for name, tensor in weights.tensors.items())
-    size = sum(tensor.bytes for tensor in tensors)
     layers = int(weights.config.get("num_hidden_layers") or 0)
+    size = sum(tensor.bytes for tensor in tensors)
     return Plan(
         target="litert-int8" if target == "litert" else target,
         source=source,
         options=options,
         tensors=tensors,
-        bytes=size,
+        bytes=size + layers * _LAYER_BYTES,
         parameters=weights.parameters,
         bits_per_weight=8 * size / weights.parameters,
         warnings=weights.warnings,
@@ -103,21 +116,28 @@ def recipe_rules(recipe: Recipe) -> list[dict[str, Any]] | None:
     if recipe.bits == 32:
         return None
     granularity = f"BLOCKWISE_{recipe.block}" if recipe.block else "CHANNELWISE"
-    layers = [_rule(".*", "FULLY_CONNECTED", recipe.bits, granularity, recipe.algorithm)]
-    layers += [_rule(f".*{name}[^/]*$", "FULLY_CONNECTED", 8, "CHANNELWISE") for name in recipe.eight]
+    exact = recipe.activations == 32
+    layers = [_rule(".*", "FULLY_CONNECTED", recipe.bits, granularity, recipe.algorithm, exact)]
+    layers += [_rule(f".*{name}[^/]*$", "FULLY_CONNECTED", 8, "CHANNELWISE", exact=exact) for name in recipe.eight]
     # Embedding and head alike, so that a model that ties them has one table in the file, not three.
     return [
         *layers,
         _rule(".*", "EMBEDDING_LOOKUP", 8, "CHANNELWISE"),
-        _rule(f".*{HEAD_OUTPUT}.*", "FULLY_CONNECTED", 8, "CHANNELWISE"),
+        _rule(f".*{HEAD_OUTPUT}.*", "FULLY_CONNECTED", 8, "CHANNELWISE", exact=exact),
     ]
 
 
 def _rule(
-    regex: str, operation: str, bits: int, granularity: str, algorithm: str = "min_max_uniform_quantize"
+    regex: str,
+    operation: str,
+    bits: int,
+    granularity: str,
+    algorithm: str = "min_max_uniform_quantize",
+    exact: bool = False,
 ) -> dict[str, Any]:
     weights = {"num_bits": bits, "symmetric": True, "granularity": granularity, "dtype": "INT"}
-    config = {"weight_tensor_config": weights, "compute_precision": "INTEGER", "explicit_dequantize": False}
+    computed = "FLOAT" if exact else "INTEGER"
+    config = {"weight_tensor_config": weights, "compute_precision": computed, "explicit_dequantize": exact}
     return {"regex": regex, "operation": operation, "algorithm_key": algorithm, "op_config": config}
 
 
@@ -126,7 +146,8 @@ def _tensor(name: str, shape: tuple[int, ...], weights: Weights, recipe: Recipe)
     count = 1
     for length in shape:
         count *= length
-    scales = 0 if bits == 32 else count // (block or shape[-1]) * (2 if block else 4)
+    rows = count // shape[-1] * _ROW_BYTES * (1 if name == HEAD else _SIGNATURES)
+    scales = 0 if bits == 32 else count // block * 2 if block else rows
     return TensorPlan(name, shape, {4: "int4", 8: "int8", 32: "fp32"}[bits], count * bits // 8 + scales)
 
 
