@@ -53,7 +53,7 @@ def toolchain_home(cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program that is started as llama-server is."""
-    pytest.importorskip("xllamacpp")
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install xllamacpp")
     program = tmp_path_factory.mktemp("bin") / "llama-server"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "llama_server_program.py"} "$@"\n')
     program.chmod(0o755)

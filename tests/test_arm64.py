@@ -42,9 +42,14 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.model,
     pytest.mark.skipif(os.geteuid() != 0, reason="only root may enter another system"),
-    pytest.mark.skipif(shutil.which("mmdebstrap") is None or not QEMU.is_file(), reason="qemu-user-static, mmdebstrap"),
-    pytest.mark.skipif(bool(cross_build.missing_tools()), reason="no cross compiler for aarch64"),
-    pytest.mark.skipif(not (RUN / "adapter").is_dir(), reason=f"{RUN} does not exist: edgeft demo makes it"),
+    pytest.mark.skipif(
+        shutil.which("mmdebstrap") is None or not QEMU.is_file(),
+        reason="apt-get install qemu-user-static mmdebstrap",
+    ),
+    pytest.mark.skipif(bool(cross_build.missing_tools()), reason="apt-get install g++-aarch64-linux-gnu cmake"),
+    pytest.mark.skipif(
+        not (RUN / "adapter").is_dir(), reason=f"no run {RUN}: edgeft demo makes it; another: EDGEFT_TEST_RUN"
+    ),
 ]
 
 

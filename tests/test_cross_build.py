@@ -22,7 +22,9 @@ from edgeft.device import load_profile
 from edgeft.errors import EdgeftError, MissingDependency, ModelError, UsageError
 from edgeft.package import build, cross_build, kernels, runtime, target, wheels
 
-needs_compiler = pytest.mark.skipif(bool(cross_build.missing_tools()), reason="no cross compiler for aarch64")
+needs_compiler = pytest.mark.skipif(
+    bool(cross_build.missing_tools()), reason="apt-get install g++-aarch64-linux-gnu cmake"
+)
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 PI5 = Target("rpi5-8g", "aarch64", "3.13", "2.41")
 DOTPROD = "armv8.2-a+dotprod"
@@ -70,7 +72,7 @@ def test_the_assembler_s_instructions_are_counted_and_no_others(tmp_path: Path) 
 
 
 @needs_compiler
-@pytest.mark.skipif(EMULATOR is None, reason="qemu-user-static")
+@pytest.mark.skipif(EMULATOR is None, reason="apt-get install qemu-user-static")
 @pytest.mark.parametrize(("processor", "ends"), [("cortex-a76", 0), ("cortex-a72", -signal.SIGILL)])
 def test_what_is_counted_ends_a_program_on_a_processor_without_it(
     processor: str, ends: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -126,7 +126,7 @@ def says_the_same(runtime: str, artifact: Callable[[], Artifact], expected: dict
     found = plugins.load("runtimes", runtime)
     ready = found.ready() if hasattr(found, "ready") else Support(True)
     if not ready.ok and runtime not in REQUIRED:
-        pytest.skip(ready.reason)
+        pytest.skip(f"{ready.reason}: {ready.install}")
     counted = "tokens" in capabilities(found)
     with found.load(artifact(), LoadOptions(context=512)) as session:
         for prompt, said in expected.items():

@@ -48,8 +48,8 @@ def write_circle(path: Path) -> Path:
 @pytest.fixture(params=["xllamacpp", "llama-cpp-python"])
 def load(request: pytest.FixtureRequest) -> Load:
     runtime = plugins.load("runtimes", request.param)
-    if not runtime.ready().ok:
-        pytest.skip(runtime.ready().reason)
+    if not (ready := runtime.ready()).ok:
+        pytest.skip(f"{ready.reason}: {ready.install}")
 
     def load_(model: Path, **options: Any) -> LlamaSession:
         chosen = {"context": 256, "threads": 1, "threads_batch": 1, **options}

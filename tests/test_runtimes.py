@@ -63,7 +63,7 @@ def open_model(request: pytest.FixtureRequest, files: dict[str, Path]) -> Iterat
         runtime = plugins.load("runtimes", request.param)
         support = runtime.supports(artifact)
         if not support.ok and support.install and request.param not in REQUIRED:
-            pytest.skip(support.reason)
+            pytest.skip(f"{support.reason}: {support.install}")
         assert support.ok, support.reason
         opened.append(runtime.load(artifact, LoadOptions(**{"threads": 1, "threads_batch": 1, **options})))
         return opened[-1]

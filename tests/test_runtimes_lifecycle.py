@@ -38,7 +38,7 @@ def open_model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]
     support = runtime.supports(Artifact(file))
     if not support.ok:
         assert request.param not in REQUIRED, support.reason
-        pytest.skip(support.reason)
+        pytest.skip(f"{support.reason}: {support.install}")
     opened: list[Session] = []
 
     def open_() -> Session:

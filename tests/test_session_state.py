@@ -35,8 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ask(request: pytest.FixtureRequest) -> Iterator[Ask]:
     """Start anew, ask one question, end; gives the answer, its cost and the notes."""
     runtime = plugins.load("runtimes", request.param)
-    if not runtime.ready().ok:
-        pytest.skip(runtime.ready().reason)
+    if not (ready := runtime.ready()).ok:
+        pytest.skip(f"{ready.reason}: {ready.install}")
 
     def ask_(
         model: Path,

@@ -12,8 +12,10 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,9 @@ KEYS = {
 STAGES = {"load": 1, "quantize": 1, "trace": 12, "lower": 75, "write": 11}
 """Rough shares of the time, in percent: lowering traces every operation several times."""
 
+BEAT_S = 5.0
+"""Seconds between two signs of life of a stage that takes minutes."""
+
 
 def main() -> None:
     request = json.load(sys.stdin)
@@ -62,31 +67,57 @@ def main() -> None:
 def export(request: dict[str, Any], send: Send) -> dict[str, Any]:
     import torch
 
-    def stage(name: str, note: str) -> None:
-        send({"advance": STAGES[name], "note": note})
-
     folder = Path(request["model"])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with torch.no_grad():
-        model = transformer(config, request["context"])
-        load_weights(model, folder, config)
-        set_rotation(model, config, request["context"])
-        stage("load", "quantizing")
-        result = quantize(model, request)
-    stage("quantize", "tracing")
-    manager = edge_manager(model, request)
-    manager.export()
-    manager.run_canonical_optimizations()
-    stage("trace", "lowering to XNNPACK")
-    manager.pt2e_quantize([]).to_edge_transform_and_lower(partitioners(request["bits"]))
-    stage("lower", "writing")
-    manager.to_executorch()
-    with open(request["out"], "wb") as stream:
-        manager.export_program.write_to_file(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    stage("write", "done")
+        with stage(send, "load", "loading"):
+            model = transformer(config, request["context"])
+            load_weights(model, folder, config)
+            set_rotation(model, config, request["context"])
+        with stage(send, "quantize", "quantizing"):
+            result = quantize(model, request)
+    started = time.monotonic()
+    with stage(send, "trace", "tracing"):
+        manager = edge_manager(model, request)
+        manager.export()
+        manager.run_canonical_optimizations()
+    pace = (time.monotonic() - started) / STAGES["trace"]
+    with stage(send, "lower", "lowering to XNNPACK", pace * STAGES["lower"]):
+        manager.pt2e_quantize([]).to_edge_transform_and_lower(partitioners(request["bits"]))
+    with stage(send, "write", "writing"):
+        manager.to_executorch()
+        with open(request["out"], "wb") as stream:
+            manager.export_program.write_to_file(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
     return result
+
+
+@contextmanager
+def stage(send: Send, name: str, note: str, seconds: float | None = None) -> Iterator[None]:
+    """Tell that a stage begins, and its share when it is over.
+
+    Args:
+        seconds: how long it may take; it then tells of itself as they pass, up to nine tenths of its share.
+    """
+    send({"advance": 0, "note": note})
+    told, over, started = 0.0, threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        nonlocal told
+        while seconds and not over.wait(BEAT_S):
+            now = 0.9 * STAGES[name] * min(1.0, (time.monotonic() - started) / seconds)
+            send({"advance": now - told, "note": note})
+            told = now
+
+    clock = threading.Thread(target=tell)
+    clock.start()
+    try:
+        yield
+    finally:
+        over.set()
+        clock.join()
+    send({"advance": STAGES[name] - told, "note": note})
 
 
 def transformer(config: dict[str, Any], context: int) -> Any:

@@ -79,8 +79,13 @@ class Watcher:
 
     def print(self, text: object = "", *_: object, **__: object) -> None:
         if "[START]" in (line := str(text)):
-            last = line.rsplit("] ", 1)[-1].rsplit(">", 1)[-1] if ">" in line else line.rsplit("]", 1)[-1]
-            self.send({"advance": 1, "note": last.replace("[bold default]", "").replace("[/bold default]", "").strip()})
+            self.send({"advance": 1, "note": step(line)})
+
+
+def step(line: str) -> str:
+    """The innermost step of "[START] outer > inner", without markup and without a path, which would fill the line."""
+    plain = line.replace("[bold default]", "").replace("[/bold default]", "")
+    return plain.rpartition("] ")[2].rpartition(" > ")[2].partition(" to /")[0].strip()
 
 
 SCHEMA = ("tensorflow", "tensorflow.lite", "tensorflow.lite.python")
@@ -158,7 +163,10 @@ def described(request: dict[str, Any]) -> bytes:
 
 
 def counted(graph: Path) -> dict[str, Any]:
-    """How many weights the file really has of each type: tensors with data of their own, each buffer once."""
+    """How many weights the file really has of each type: tensors with data of their own, each buffer once.
+
+    Bytes are of weights, scales and zero points (float32 and int64), which every tensor has for itself.
+    """
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.Model.GetRootAs(graph.read_bytes(), 0)
@@ -167,6 +175,8 @@ def counted(graph: Path) -> dict[str, Any]:
     size = 0
     for subgraph in (model.Subgraphs(at) for at in range(model.SubgraphsLength())):
         for tensor in (subgraph.Tensors(at) for at in range(subgraph.TensorsLength())):
+            if (scaled := tensor.Quantization()) is not None:
+                size += 4 * scaled.ScaleLength() + 8 * scaled.ZeroPointLength()
             buffer = model.Buffers(tensor.Buffer())
             length = buffer.DataLength() or buffer.Size()
             kind = TYPES.get(tensor.Type())
