@@ -94,6 +94,16 @@ def test_check_reports_everything(tmp_path: Path) -> None:
     assert report.problems() == []
 
 
+def test_check_shows_the_first_examples_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "one", "completion": "1"}\nbroken\n{"prompt": "two", "completion": "2"}\n')
+    assert main(["data", "check", str(file), "--preview", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["preview"]["all"]
+    assert [[turn["content"] for turn in turns] for turns in found] == [["one", "1"], ["two", "2"]]
+    assert main(["data", "check", str(file)]) == 0
+    assert "one" not in capsys.readouterr().out
+
+
 def test_check_names_role_problems(tmp_path: Path) -> None:
     def turns(*roles: str) -> dict[str, Any]:
         return {"messages": [{"role": role, "content": f"{role} {n}"} for n, role in enumerate(roles)]}

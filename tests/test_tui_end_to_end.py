@@ -15,6 +15,7 @@ from textual.widgets import Input
 
 from edgeft.artifact import read_manifest
 from edgeft.bundle import is_bundle, read_bundle
+from edgeft.data import smart_home
 from edgeft.jobs import State
 from edgeft.tui.app import EdgeftApp
 from edgeft.tui.chat import ChatScreen
@@ -24,6 +25,8 @@ from edgeft.tui.jobs import JobScreen
 from edgeft.tui.ledger import LedgerScreen
 from edgeft.tui.talk import Prompt
 from edgeft.tui.training import TrainingScreen
+
+SMART_HOME = Path(smart_home.__file__).parent
 
 
 def fill(form: FormScreen, **values: str) -> None:
@@ -112,6 +115,7 @@ def check(folder: Path) -> None:
 
 def test_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a tiny model gains nothing from threads
     tiny.write_loadable(tmp_path / "base")
     (tmp_path / "data").mkdir()
     for split, count in (("train", 40), ("valid", 6), ("test", 6)):
@@ -130,7 +134,11 @@ def test_smollm2(
     """The real model, for a few steps; the times of the stages go into the test's report."""
     monkeypatch.chdir(tmp_path)
     times: dict[str, float] = {}
-    drive(walk(str(smollm2_hf), "smart-home", {"epochs": "0.1", "eval_every": "12"}, 1500, times), (120, 40))
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 200), ("valid", 12), ("test", 24)):  # of the commands of the demo
+        lines = (SMART_HOME / f"{split}.jsonl").read_text().splitlines()[:count]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    drive(walk(str(smollm2_hf), "data", {"epochs": "0.25", "eval_every": "6"}, 1500, times), (120, 40))
     check(tmp_path)
     record_property("seconds", times)
     print(times)

@@ -37,6 +37,12 @@ from edgeft.tui.training import TrainingScreen
 EDGEFT = str(Path(sys.executable).with_name("edgeft"))
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models gain nothing from threads, and two thread pools that wait for each other lose much."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -74,6 +80,13 @@ def write_run(place: Path, *, rank: int = 16, steps: int = 6, samples: bool = Fa
             with run.events_file.open("a") as lines:
                 lines.write(json.dumps({"event": "samples", "step": step, "samples": told}) + "\n")
     return run
+
+
+def edgeft(*words: str, code: int = 0) -> str:
+    """What a command in a process of its own prints."""
+    done = subprocess.run([EDGEFT, *words], capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr
+    return done.stdout
 
 
 # --- Forms ----------------------------------------------------------------------
@@ -266,10 +279,9 @@ def test_a_file_that_was_not_verified_says_so(folder: Path, base: Path) -> None:
 
 
 def test_the_ledger_marks_the_step_that_loses_most_and_a_check_that_failed(folder: Path, base: Path) -> None:
-    words = ["--epochs", "1", "--micro-tokens", "192"]
-    assert main(["train", "--model", "base", "--data", "data", "--out", "run", *words]) == 0
-    assert main(["export", "run", "--to", "gguf-q4", "--out", "b.gguf", "--no-verify"]) == 0
-    assert main(["verify", "b.gguf", "--tolerance", "kl=0"]) == 5  # the run is in the manifest
+    edgeft("train", "--model", "base", "--data", "data", "--out", "run", "--epochs", "1", "--micro-tokens", "192")
+    edgeft("export", "run", "--to", "gguf-q4", "--out", "b.gguf", "--no-verify")
+    edgeft("verify", "b.gguf", "--tolerance", "kl=0", code=5)  # the run is in the manifest
     manifest = read_manifest(folder / "b.gguf")
     assert manifest is not None
     found = manifest.verification
@@ -376,7 +388,7 @@ def test_one_job_is_watched_from_a_screen_and_a_command_at_once_and_after_a_cras
     JobEvents(job.folder).start("answering", 100, "words")
     with Terminal([EDGEFT, "tui"], folder) as terminal:
         terminal.wait_for(job.id)
-        terminal.send("/" + job.id + "\r")
+        terminal.send("/" + job.id + "\r")  # as fast as a paste: nothing of it is taken for keys
         terminal.wait_for(f"jobs watch {job.id}")
         terminal.send("\r")
         terminal.wait_for("answering")

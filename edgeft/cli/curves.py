@@ -87,9 +87,11 @@ def _show_samples(run: Run) -> None:
     if not found:
         note(f"{run.path} has no samples: edgeft train --samples 3 writes them at each validation")
         return
-    for at, prompt in enumerate(one["prompt"] for one in found[-1]["samples"]):
-        click.echo(f"{prompt}\n  wanted       {found[-1]['samples'][at]['wanted']}")
+    from edgeft.train.compare import one_line
+
+    for at, last in enumerate(found[-1]["samples"]):
+        click.echo(f"{one_line(last['prompt'])}\n  wanted       {one_line(last['wanted'])}")
         for event in found:
             if at < len(event["samples"]):
-                click.echo(f"  step {event['step']:<7} {event['samples'][at]['answer']}")
+                click.echo(f"  step {event['step']:<7} {one_line(event['samples'][at]['answer'])}")
         click.echo()

@@ -78,6 +78,11 @@ def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and value == value
 
 
+def one_line(text: str) -> str:
+    """A sample for a list."""
+    return " ⏎ ".join(text.splitlines())
+
+
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Settings that are not the same in all runs -> the value in each.
 

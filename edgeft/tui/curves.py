@@ -65,7 +65,7 @@ class CurvesScreen(Screen[None]):
         Binding("escape,q", "app.pop_screen", "Back"),
         Binding("s", "samples", "Samples"),
         Binding("o", "compare", "Compare"),
-        Binding("c", "copy", "Copy"),
+        Binding("c", "copy", "Copy", show=False),
     ]
     HELP = """What a training measures: loss and validation in nats per learned token, learning rate, speed, memory, and
 the minutes that are left. The plots follow the files, so they also show a training that runs elsewhere.
@@ -120,7 +120,7 @@ held-out prompts changed, if the training writes them (`--samples 3`)."""
         if not self.is_attached:
             return
         self.seen = found
-        lines = [f"{MARKERS[at % len(MARKERS)]}  {each.line}" for at, each in enumerate(found)]
+        lines = [f"{_mark(at)}  {each.line}" for at, each in enumerate(found)]
         self.query_one("#how-far", Static).update(
             "\n".join([*(lines if len(found) > 1 else [found[0].line]), above]).strip()
         )
@@ -172,6 +172,11 @@ def _seen(run: Run) -> Seen:
         return Seen(f"{run.path.name}: {error.message}", {}, ())
 
 
+def _mark(at: int) -> str:
+    """What the curve of a run is drawn with."""
+    return "⠿" if at % len(MARKERS) == 0 else MARKERS[at % len(MARKERS)]
+
+
 def _how_far(run: Run) -> str:
     from edgeft.train.compare import summary
 
@@ -210,25 +215,28 @@ def _differences(runs: Sequence[Run]) -> str:
 def _plot(plot: Any, what: Plot, runs: Sequence[Curves]) -> None:
     plot.clear_data()
     plot.title(what.title)
-    plot.xfrequency(3)
     plot.yfrequency(4)
+    if steps := [step for curves in runs for step, _ in curves.get(what.metric, ())]:
+        ticks = sorted({min(steps), (min(steps) + max(steps)) // 2, max(steps)})
+        plot.xticks(ticks, list(map(str, ticks)))
     for at, curves in enumerate(runs):
         if points := curves.get(what.metric, ()):
             chosen = points[:: max(1, len(points) // POINTS)]
-            steps, values = zip(*[(step, value * what.scale) for step, value in chosen], strict=True)
             marker = MARKERS[at % len(MARKERS)] if len(runs) > 1 else what.marker or MARKERS[0]
-            plot.plot(steps, values, marker=marker)
+            plot.plot([step for step, _ in chosen], [value * what.scale for _, value in chosen], marker=marker)
 
 
 def _sample_text(seen: Seen) -> str:
     """Prompt by prompt, how the answer changed."""
+    from edgeft.train.compare import one_line
+
     if not seen.samples:
         return ""
     lines = [seen.line]
     for at, last in enumerate(seen.samples[-1]["samples"]):
-        lines += ["", f"{last['prompt']}", f"  wanted      {last['wanted']}"]
+        lines += ["", one_line(last["prompt"]), f"  wanted      {one_line(last['wanted'])}"]
         told = [(each["step"], each["samples"][at]["answer"]) for each in seen.samples if at < len(each["samples"])]
-        lines += [f"  step {step:<6} {answer}" for step, answer in reversed(told)]
+        lines += [f"  step {step:<6} {one_line(answer)}" for step, answer in reversed(told)]
     return "\n".join(lines)
 
 

@@ -88,7 +88,8 @@ command: an adapter, a size to fit, an importance matrix."""
     @property
     def target(self) -> str:
         at = self._table("targets").cursor_row
-        return str(self._targets[at]["target"]) if 0 <= at < len(self._targets) else ""
+        wanted = str(self._values.get("target") or "")  # until the list is there
+        return str(self._targets[at]["target"]) if 0 <= at < len(self._targets) else wanted
 
     @property
     def chosen(self) -> list[tuple[str, ...]]:
@@ -138,7 +139,7 @@ command: an adapter, a size to fit, an importance matrix."""
             self._plan(self.target, SETTLE_S)
 
     def action_plan(self) -> None:
-        if self.target and self.model:
+        if self._targets and self.model:
             self.plans.pop(self.target, None)
             self._plan(self.target, 0)
         self._say()
@@ -192,7 +193,7 @@ command: an adapter, a size to fit, an importance matrix."""
         self.query_one("#line", Static).update("\n".join(f"$ {line}" for line in lines))
 
     def action_mark(self) -> None:
-        if not self.target:
+        if not self._targets:
             return
         self._marked ^= {self.target}
         self._table("targets").update_cell(self.target, "", "✓" if self.target in self._marked else "")

@@ -24,10 +24,10 @@ class StoredStep:
     @property
     def cells(self) -> tuple[str, ...]:
         mark = "▶" if self.worst else ""
-        return mark, self.title, self.nll, self.kl, self.same_top, self.exact, self.megabytes, self.lost
+        return mark, self.title, self.lost, self.nll, self.kl, self.same_top, self.exact, self.megabytes
 
 
-COLUMNS = ("", "step", "NLL", "KL", "same top", "exact", "MB", "lost here")
+COLUMNS = ("", "step", "lost here", "NLL", "KL", "same top", "exact", "MB")
 
 
 def stored_steps(verification: Mapping[str, Any]) -> list[StoredStep]:
