@@ -65,13 +65,21 @@ class EdgeftApp(App[None]):
 
     def _cut_off(self) -> None:
         """The terminal is gone, or somebody ends the process: what was typed and received is kept."""
+        self._keep_conversations()
+        self.exit(return_code=129)
+
+    async def action_quit(self) -> None:
+        """What was typed in the last half second is kept too."""
+        self._keep_conversations()
+        await super().action_quit()
+
+    def _keep_conversations(self) -> None:
         from edgeft.tui.chat import ChatScreen
         from edgeft.tui.side_by_side import SideBySideScreen
 
         for screen in self.screen_stack:
             if isinstance(screen, (ChatScreen, SideBySideScreen)):
                 screen.cut_off()
-        self.exit(return_code=129)
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         yield from super().get_system_commands(screen)
@@ -154,7 +162,7 @@ class EdgeftApp(App[None]):
         if at.against:
             self.push_screen(SideBySideScreen(at))
             return
-        self.push_screen(ChatScreen(at.model, at.adapters, at.conversation, draft=at.draft))
+        self.push_screen(ChatScreen(at.model, at.adapters, at.conversation, draft=at.draft, by=at.by))
 
     def _fit(self, command: Sequence[str]) -> None:
         from edgeft.tui.devices import DevicesScreen, Question
