@@ -24,7 +24,7 @@ def write_conversation(conversation: Conversation | StoredConversation, file: Pa
     if kind == ".jsonl":
         text = json.dumps({"messages": _plain(conversation)}, ensure_ascii=False) + "\n"
     elif kind == ".json":
-        text = json.dumps(as_json(conversation), ensure_ascii=False, indent=2) + "\n"
+        text = json.dumps([as_json(conversation)], ensure_ascii=False, indent=2) + "\n"
     else:
         text = as_markdown(conversation)
     write_text(file, text)

@@ -421,7 +421,7 @@ def test_save_as_training_data_and_as_text(chat: Chat) -> None:
     text = Path("my talk.md").read_text()
     assert "* system: Be brief." in text and "temperature 0," in text and "Hello there.\n" in text
     chat("greet me\n/set temperature 0.5\n/retry\n/save all.json\n", "m.echo.json")
-    whole = json.loads(Path("all.json").read_text())
+    (whole,) = json.loads(Path("all.json").read_text())
     assert whole["edgeft"]["messages"][-1]["sampling"]["temperature"] == 0.5
     assert whole["edgeft"]["messages"][-1]["sampling"]["seed"] == 1
     assert [message["role"] for message in whole["messages"]] == ["user", "assistant"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import time
@@ -60,12 +61,12 @@ class ChatScreen(Screen[None]):
         Binding("f4", "actions", "Actions"),
         Binding("ctrl+r", "retry", "Again"),
         Binding("f2", "edit", "Edit"),
-        Binding("f6", "by", "Who answers"),
+        Binding("f6", "by", "Who answers", priority=True),
         Binding("ctrl+o", "conversations", "Old ones"),
         Binding("ctrl+t", "settings", "Settings"),
         Binding("ctrl+n", "new", "New", show=False),
         Binding("ctrl+b", "branch", "Go on in a copy", show=False),
-        Binding("f7", "rename", "Name this conversation", show=False),
+        Binding("f7", "rename", "Name this conversation", show=False, priority=True),
         Binding("f8", "copy_answer", "Copy the last answer", show=False),
         Binding("f9", "copy_code", "Copy its last code block", show=False),
         Binding("ctrl+g", "save", "Write a file", show=False),
@@ -99,6 +100,7 @@ to copy, edit or branch at any of them."""
         self._resume = resume
         self._process = process or ModelProcess()
         self._opened = opened
+        self._opening = asyncio.Lock()
         self._answer: Worker[None] | None = None
         self._history, self._trouble = open_history()
         self.conversation = Conversation(lasting(model), "", None, self._history)
@@ -113,7 +115,7 @@ to copy, edit or branch at any of them."""
         yield ConversationView(id="talk")
         yield Static("", id="status", markup=False)
         yield Prompt(id="prompt")
-        yield Footer(show_command_palette=False)
+        yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
         self._view.conversation = self.conversation
@@ -173,10 +175,15 @@ to copy, edit or branch at any of them."""
                 await self._show(Conversation.resume(self._history, resume))
             except EdgeftError as error:
                 self._failed(error)
-        if self._opened is None:
-            await self._open()
+        await self._open()
 
     async def _open(self) -> bool:
+        """Load the model unless it is loaded; whoever comes meanwhile waits. Whether it is."""
+        async with self._opening:
+            return bool(self._opened and self._process.alive) or await self._open_now()
+
+    async def _open_now(self) -> bool:
+        self._opened = None
         self._status(f"loading {Path(self.model).name} …")
         try:
             self._opened = await self._process.open(self.model, run_settings(), self.adapters)
@@ -217,7 +224,7 @@ to copy, edit or branch at any of them."""
 
     @work(group="answer")
     async def _write_answer(self) -> None:
-        if not self._process.alive and not await self._open():
+        if not await self._open():
             await self._give_back()
             return
         conversation, said = self.conversation, Said("assistant", "")
@@ -379,9 +386,13 @@ to copy, edit or branch at any of them."""
             self._failed(error)
             return
         await self._show(other)
+        made = next((one.made for one in reversed(other.messages) if one.made), {})
+        adapters = [(str(name), float(scale)) for name, scale in made.get("adapters", ()) if Path(name).is_file()]
         if other.model != lasting(self.model):
-            self.model, self._opened = other.model, None
+            self.model, self.adapters, self._opened = other.model, adapters, None
             await self._open()
+        elif adapters != self.adapters:
+            await self._adapt(adapters)
 
     def action_settings(self) -> None:
         state = State(self.conversation.system or "", self.sampling, tuple(self.adapters))
@@ -398,13 +409,16 @@ to copy, edit or branch at any of them."""
         if (state.system or None) != self.conversation.system:
             self._keep(lambda: self.conversation.change_system(state.system or None))
         if list(state.adapters) != self.adapters:
-            before, self.adapters = self.adapters, list(state.adapters)
-            try:
-                await self._process.set_adapters(self.adapters)
-            except EdgeftError as error:
-                self.adapters = before
-                self._failed(error)
+            await self._adapt(list(state.adapters))
         self._status()
+
+    async def _adapt(self, adapters: list[tuple[str, float]]) -> None:
+        try:
+            await self._process.set_adapters(adapters)
+        except EdgeftError as error:
+            self._failed(error)
+        else:
+            self.adapters = adapters
 
     @property
     def _here(self) -> Here:

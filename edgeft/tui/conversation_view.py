@@ -12,8 +12,10 @@ from textual.css.query import NoMatches
 from edgeft.history import Conversation, StoredMessage
 from edgeft.tui.talk import Said
 
-PAGE = 60
-"""Messages that are drawn at first, and half of it more whenever one scrolls to an end of them."""
+PAGE = 40
+"""Messages that are drawn at first."""
+STEP = 10
+"""So many more are drawn when one scrolls to an end of them: one frame's work, not a pause that one feels."""
 MOST = 2 * PAGE
 """Messages that are drawn at a time."""
 
@@ -78,7 +80,7 @@ class ConversationView(VerticalScroll):
 
     @work(exclusive=True, group="page")
     async def _turn(self, *, before: bool) -> None:
-        """Draw half a page more at one end, leave out as much at the other; what one reads stays in its place."""
+        """Draw some more at one end, leave out as much at the other; what one reads stays in its place."""
         self._turning = True
         try:
             with contextlib.suppress(NoMatches):
@@ -92,11 +94,11 @@ class ConversationView(VerticalScroll):
         kept = drawn[0] if before else drawn[-1]
         place = kept.virtual_region.y - self.scroll_y
         if before:
-            more = self._messages[max(0, self._first - PAGE // 2) : self._first]
+            more = self._messages[max(0, self._first - STEP) : self._first]
             await self.mount(*map(Said.of, more), before=0)
             self._first -= len(more)
         else:
-            await self.mount(*map(Said.of, self._messages[end : end + PAGE // 2]))
+            await self.mount(*map(Said.of, self._messages[end : end + STEP]))
         if (extra := len(self.children) - MOST) > 0:
             await self._drop(self._drawn[-extra:] if before else self._drawn[:extra], before=not before)
         self.call_after_refresh(

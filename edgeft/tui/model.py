@@ -38,6 +38,8 @@ class ModelProcess:
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._answering = False
+        self._lock = asyncio.Lock()
+        """One request at a time: who asks while a model is loaded waits for it."""
 
     async def open(
         self,
@@ -53,7 +55,6 @@ class ModelProcess:
         Raises:
             EdgeftError: with the message of what went wrong in the child.
         """
-        await self._start()
         event = await self._ask({"open": model, "settings": dict(settings), "adapters": list(adapters)})
         return Opened(event["runtime"], event["reason"], event["context"], event["system"], event["note"])
 
@@ -72,16 +73,17 @@ class ModelProcess:
         Raises:
             EdgeftError: the model failed; its process may be gone.
         """
-        self._send({"generate": list(messages), "sampling": asdict(sampling), "by": by})
-        self._answering = True
-        try:
-            while True:
-                event = await self._event()
-                yield event
-                if event["event"] == "end":
-                    return
-        finally:
-            self._answering = False
+        async with self._lock:
+            self._send({"generate": list(messages), "sampling": asdict(sampling), "by": by})
+            self._answering = True
+            try:
+                while True:
+                    event = await self._event()
+                    yield event
+                    if event["event"] == "end":
+                        return
+            finally:
+                self._answering = False
 
     def cancel(self) -> None:
         """End the answer that is being written; it ends with usage that says "cancel"."""
@@ -121,8 +123,10 @@ class ModelProcess:
         )
 
     async def _ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        self._send(request)
-        return await self._event()
+        async with self._lock:
+            await self._start()
+            self._send(request)
+            return await self._event()
 
     def _send(self, request: Mapping[str, Any]) -> None:
         if not self.alive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
@@ -62,6 +63,7 @@ class Side(Vertical):
         self._history, self._lost = history, False
         self._resume = resume
         self._usage: Usage | None = None
+        self._opening = asyncio.Lock()
         self._answer: Worker[None] | None = None
 
     def compose(self) -> ComposeResult:
@@ -128,6 +130,12 @@ class Side(Vertical):
         await self._open()
 
     async def _open(self) -> bool:
+        """Load the model unless it is loaded; whoever comes meanwhile waits. Whether it is."""
+        async with self._opening:
+            return bool(self.opened and self.process.alive) or await self._open_now()
+
+    async def _open_now(self) -> bool:
+        self.opened = None
         self._status("loading …")
         try:
             self.opened = await self.process.open(self.model, run_settings(), self.adapters)
@@ -141,7 +149,7 @@ class Side(Vertical):
 
     @work(group="answer")
     async def _write_answer(self) -> None:
-        if (self.opened is None or not self.process.alive) and not await self._open():
+        if not await self._open():
             return
         sampling, said = sampling_of_config(), Said("assistant", "")
         self._keep(lambda: self.conversation.begin_answer(made_with(sampling, self.adapters)))
@@ -216,7 +224,7 @@ alone."""
             yield Side(1, at.model, at.adapters, self._history, at.conversation)
             yield Side(2, at.against, (), self._history, at.other)
         yield Prompt(id="prompt")
-        yield Footer(show_command_palette=False)
+        yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
         prompt = self.query_one(Prompt)

@@ -13,7 +13,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.css.query import NoMatches
 from textual.message import Message
-from textual.widgets import Label, Markdown, TextArea
+from textual.widgets import Label, Markdown, Static, TextArea
 
 from edgeft.conversation_file import code_blocks, said_of
 from edgeft.history import StoredMessage
@@ -97,10 +97,13 @@ takes it back to be changed and sent again, **b** goes on from it in a copy. **â
         self._stopped, self._route = stopped, route
         self._copied = 0
         """Code blocks of it that were copied one after another."""
-        self._pieces = pieces(text)
+        self._pieces = pieces(text) if role != "user" else []
 
     def compose(self) -> ComposeResult:
         yield Label(self._title(), classes="who", markup=False)
+        if self.role == "user":  # as it was typed
+            yield Static(self.text, markup=False)
+            return
         for piece in self._pieces:
             yield Markdown(piece, open_links=False)
 
