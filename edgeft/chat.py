@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from edgeft.errors import ModelError, require
+from edgeft.errors import ModelError, UsageError, require
 
 Message = Mapping[str, Any]
 """One chat message: `role` ("system", "user", "assistant", "tool"), `content`, optionally `tool_calls`."""
@@ -35,6 +35,21 @@ class Sampling:
     stop: tuple[str, ...] = ()
     json_schema: Mapping[str, Any] | None = None
     top_logprobs: int = 0
+
+
+SAMPLING = ("temperature", "top-k", "top-p", "min-p", "repeat-penalty", "seed", "max-tokens")
+"""What a user sets of it, by the names of the settings."""
+
+
+def changed_sampling(sampling: Sampling, name: str, value: str) -> Sampling:
+    """With one value more, as a user types it. Raises: UsageError for an unknown name or what is no number."""
+    field = name.replace("-", "_")
+    if name.replace("_", "-") not in SAMPLING:
+        raise UsageError(f"no sampling parameter {name!r}", f"There are: {', '.join(SAMPLING)}.")
+    try:
+        return replace(sampling, **{field: type(getattr(sampling, field))(value)})
+    except ValueError as error:
+        raise UsageError(f"{name} cannot be {value!r}") from error
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ file holds what was on the screen. Several processes may use the file at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,6 +60,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             INSERT INTO messages_text (messages_text, rowid, content) VALUES ('delete', old.id, old.content);
         END""",
     ),
+    ("ALTER TABLE messages ADD COLUMN made TEXT",),
 )
 """What brings the file from version n to n + 1; `PRAGMA user_version` says where it is. Only ever append."""
 
@@ -80,6 +82,8 @@ class StoredMessage:
     state: State
     created: str
     usage: dict[str, Any] | None = None
+    made: Mapping[str, Any] | None = None
+    """Of an answer, how it was made: "sampling", "adapters", and in a cascade "route": who wrote it, why, its cost."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class StoredConversation:
     runtime: str
     system: str | None
     messages: tuple[StoredMessage, ...]
+    title: str | None = None
+    """What the user named it."""
 
 
 @dataclass(frozen=True)
@@ -155,17 +161,26 @@ class History:
             (_now(), model, runtime, system),
         )
 
-    def add(self, conversation: int, role: str, content: str, state: State = "done") -> int:
+    def add(
+        self, conversation: int, role: str, content: str, state: State = "done", made: Mapping[str, Any] | None = None
+    ) -> int:
         """A new message at the end; its id."""
         return self._insert(
-            "INSERT INTO messages (conversation, created, role, content, state) VALUES (?, ?, ?, ?, ?)",
-            (conversation, _now(), role, content, state),
+            "INSERT INTO messages (conversation, created, role, content, state, made) VALUES (?, ?, ?, ?, ?, ?)",
+            (conversation, _now(), role, content, state, _json(made)),
         )
 
-    def update(self, message: int, content: str, state: State, usage: Usage | None = None) -> None:
+    def update(
+        self,
+        message: int,
+        content: str,
+        state: State,
+        usage: Mapping[str, Any] | None = None,
+        made: Mapping[str, Any] | None = None,
+    ) -> None:
         self._execute(
-            "UPDATE messages SET content = ?, state = ?, usage = ? WHERE id = ?",
-            (content, state, json.dumps(usage.as_dict()) if usage else None, message),
+            "UPDATE messages SET content = ?, state = ?, usage = ?, made = ? WHERE id = ?",
+            (content, state, _json(usage), _json(made), message),
         )
 
     def withdraw(self, message: int) -> None:
@@ -182,11 +197,18 @@ class History:
         """A new conversation that begins as this one does, up to and including the message `last`; its id."""
         old = self.conversation(conversation)
         new = self.begin(old.model, old.runtime, old.system)
-        for message in old.messages:
-            if message.id <= last:
-                state: State = "stopped" if message.state == "writing" else message.state
-                self.add(new, message.role, message.content, state)
+        self._execute(
+            "INSERT INTO messages (conversation, created, role, content, state, usage, made)"
+            " SELECT ?, created, role, content, iif(state = 'writing', 'stopped', state), usage, made FROM messages"
+            " WHERE conversation = ? AND NOT withdrawn AND id <= ? ORDER BY id",
+            (new, conversation, last),
+        )
         return new
+
+    def remove(self, conversation: int) -> None:
+        """Delete a conversation and what was said in it. Raises: UsageError when there is none of that number."""
+        self.conversation(conversation)
+        self._execute("DELETE FROM conversations WHERE id = ?", (conversation,))
 
     def search(self, text: str, limit: int = 50) -> list[Found]:
         """Messages with words that begin as those of `text` do, the best first."""
@@ -204,17 +226,17 @@ class History:
 
     def conversation(self, number: int) -> StoredConversation:
         """Raises: UsageError when there is none of that number."""
-        rows = self._execute("SELECT created, model, runtime, system FROM conversations WHERE id = ?", (number,))
+        rows = self._execute("SELECT created, model, runtime, system, title FROM conversations WHERE id = ?", (number,))
         if not rows:
-            raise UsageError(f"no conversation {number} in {self.path}", "edgeft chat --list shows what there is.")
+            raise UsageError(f"no conversation {number} in {self.path}", "edgeft history list shows what there is.")
         messages = self._execute(
-            "SELECT id, role, content, state, created, usage FROM messages"
+            "SELECT id, role, content, state, created, usage, made FROM messages"
             " WHERE conversation = ? AND NOT withdrawn ORDER BY id",
             (number,),
         )
-        created, model, runtime, system = rows[0]
+        created, model, runtime, system, title = rows[0]
         return StoredConversation(
-            number, created, model, runtime, system, tuple(_message(*message) for message in messages)
+            number, created, model, runtime, system, tuple(_message(*message) for message in messages), title
         )
 
     def latest(self, model: str | None = None) -> int | None:
@@ -236,6 +258,18 @@ class History:
             (limit,),
         )
         return [Summary(*row) for row in rows]
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """All of what is written within, or nothing of it."""
+        self._execute("BEGIN IMMEDIATE", ())
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(EdgeftError):  # a full disk has ended it already
+                self._execute("ROLLBACK", ())
+            raise
+        self._execute("COMMIT", ())
 
     def _prepare(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
@@ -343,8 +377,9 @@ class Conversation:
         """Add what the user says."""
         self._add("user", text, "done")
 
-    def begin_answer(self) -> None:
-        self._add("assistant", "", "writing")
+    def begin_answer(self, made: Mapping[str, Any] | None = None) -> None:
+        """Args: made: how; see `StoredMessage`."""
+        self._add("assistant", "", "writing", made)
 
     def grow_answer(self, text: str) -> None:
         """`text` is the whole answer so far."""
@@ -353,10 +388,14 @@ class Conversation:
             self._written = now
             self._set_last(text, "writing", None)
 
-    def end_answer(self, text: str, usage: Usage | None) -> None:
-        """The answer is complete, or was stopped; without usage, by a failure."""
+    def end_answer(self, text: str, usage: Usage | None, route: Mapping[str, Any] | None = None) -> None:
+        """The answer is complete, or was stopped; without usage, by a failure.
+
+        Args:
+            route: how a cascade answered.
+        """
         stopped = usage is None or usage.finish_reason == "cancel"
-        self._set_last(text, "stopped" if stopped else "done", usage)
+        self._set_last(text, "stopped" if stopped else "done", usage, route)
 
     def withdraw(self, role: str) -> StoredMessage | None:
         """Take back the last message if it is of this role."""
@@ -366,30 +405,49 @@ class Conversation:
             self.history.withdraw(self.messages[-1].id)
         return self.messages.pop()
 
+    def store_anew(self, history: History) -> None:
+        """Store all of it as a new conversation, after the file could not be used for a while. Raises: EdgeftError."""
+        with history.at_once():
+            number = history.begin(self.model, self.runtime, self.system)
+            stored = []
+            for one in self.messages:
+                message = history.add(number, one.role, one.content, one.state, one.made)
+                if one.usage:
+                    history.update(message, one.content, one.state, one.usage, one.made)
+                stored.append(dataclasses.replace(one, id=message))
+        self.history, self.id, self.messages = history, number, stored
+
     def change_system(self, system: str | None) -> None:
         self.system = system
         if self.history is not None and self.id is not None:
             self.history.set_system(self.id, system)
 
-    def _add(self, role: str, text: str, state: State) -> None:
+    def _add(self, role: str, text: str, state: State, made: Mapping[str, Any] | None = None) -> None:
         number = 0
         if self.history is not None:
             if self.id is None:
                 self.id = self.history.begin(self.model, self.runtime, self.system)
-            number = self.history.add(self.id, role, text, state)
-        self.messages.append(StoredMessage(number, role, text, state, _now()))
+            number = self.history.add(self.id, role, text, state, made)
+        self.messages.append(StoredMessage(number, role, text, state, _now(), None, made))
 
-    def _set_last(self, text: str, state: State, usage: Usage | None) -> None:
+    def _set_last(self, text: str, state: State, usage: Usage | None, route: Mapping[str, Any] | None = None) -> None:
         last = self.messages[-1]
-        self.messages[-1] = StoredMessage(
-            last.id, last.role, text, state, last.created, usage.as_dict() if usage else None
+        made = {**(last.made or {}), "route": route} if route else last.made
+        self.messages[-1] = now = dataclasses.replace(
+            last, content=text, state=state, usage=usage.as_dict() if usage else None, made=made
         )
         if self.history is not None:
-            self.history.update(last.id, text, state, usage)
+            self.history.update(now.id, text, state, now.usage, made)
 
 
-def _message(number: int, role: str, content: str, state: State, created: str, usage: str | None) -> StoredMessage:
-    return StoredMessage(number, role, content, state, created, json.loads(usage) if usage else None)
+def _message(*row: Any) -> StoredMessage:
+    number, role, content, state, created, usage, made = row
+    usage, made = (json.loads(value) if value else None for value in (usage, made))
+    return StoredMessage(number, role, content, state, created, usage, made)
+
+
+def _json(value: Mapping[str, Any] | None) -> str | None:
+    return json.dumps(value) if value else None
 
 
 def _now() -> str:

@@ -2,10 +2,11 @@
 
 `python -m edgeft.model_worker` reads requests from stdin and writes events to stdout, both one JSON object per line:
 
-    {"open": "model", "runtime": "auto", "options": {…}, "adapters": [["file", 1.0]]}
-        -> {"event": "opened", "runtime": …, "reason": …, "context": 4096, "system": …}
-    {"generate": [messages], "sampling": {…}}
-        -> {"event": "text", "text": …}* {"event": "end", "usage": {…}}
+    {"open": "model", "settings": {the `run.*` settings}, "adapters": [["file", 1.0]]}
+        -> {"event": "opened", "runtime": …, "reason": …, "context": 4096, "system": …, "note": …}
+    {"generate": [messages], "sampling": {…}, "by": "policy"}
+        -> {"event": "text", "text": …}* {"event": "end", "usage": {…}, "route": {…}}
+           between them, of a cascade {"event": "author", "author": …, "reason": …}, and {"event": "note", "text": …}
     {"adapters": [["file", 0.5]]} -> {"event": "adapters"}
     {"cancel": true}              ends the answer that is being written
 
@@ -24,9 +25,11 @@ from queue import SimpleQueue
 from typing import Any
 
 from edgeft.chat import Cancel, Sampling
+from edgeft.conversation_file import route_of
 from edgeft.errors import EdgeftError
-from edgeft.plugins import AdapterScale, LoadOptions
-from edgeft.sessions import Opened, open_session
+from edgeft.overflow import fit
+from edgeft.plugins import AdapterScale
+from edgeft.sessions import Opened, load_options, open_session
 
 Request = Mapping[str, Any]
 
@@ -73,9 +76,8 @@ class Worker:
         if self._opened is not None:
             self._opened.session.close()
             self._opened = None
-        options = LoadOptions(**request.get("options", {}))
-        opened = open_session(request["open"], request.get("runtime", "auto"), options, adapters=_adapters(request))
-        self._opened = opened
+        self._opened = opened = self._opened_model(request["open"], request["settings"], _adapters(request))
+        stale = getattr(getattr(opened.session, "cascade", None), "stale", "")
         self._send(
             {
                 "event": "opened",
@@ -83,8 +85,21 @@ class Worker:
                 "reason": opened.reason,
                 "context": opened.session.context,
                 "system": opened.system,
+                "note": f"the calibration is stale: {stale}; the device answers" if stale else "",
             }
         )
+
+    def _opened_model(self, reference: str, values: Mapping[str, Any], adapters: list[AdapterScale]) -> Opened:
+        if reference.endswith(".toml"):
+            from edgeft.cascade import is_cascade
+            from edgeft.cascade.session import open_cascade
+
+            if is_cascade(reference):
+                return open_cascade(Path(reference).expanduser(), adapters, None, self._heard)
+        return open_session(reference, values["runtime"], load_options(values), adapters=adapters)
+
+    def _heard(self, author: str, reason: str) -> None:
+        self._send({"event": "author", "author": author, "reason": reason})
 
     def _generate(self, request: Request, cancel: Cancel) -> None:
         if self._opened is None:
@@ -92,12 +107,16 @@ class Worker:
         session = self._opened.session
         sampling = dict(request.get("sampling", {}))
         sampling["stop"] = tuple(sampling.get("stop", ()))
-        prompt = session.render(request["generate"])
-        for delta in session.generate(prompt, Sampling(**sampling), cancel):
+        if hasattr(session, "by"):
+            session.by = request["by"]
+        fitted = fit(session, request["generate"], self._opened.overflow, sampling["max_tokens"])
+        if fitted.note:
+            self._send({"event": "note", "text": fitted.note})
+        for delta in session.generate(fitted.prompt, Sampling(**sampling), cancel):
             if delta.text:
                 self._send({"event": "text", "text": delta.text})
             if delta.usage is not None:
-                self._send({"event": "end", "usage": delta.usage.as_dict()})
+                self._send({"event": "end", "usage": delta.usage.as_dict(), "route": route_of(session)})
 
 
 def _adapters(request: Request) -> list[AdapterScale]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgeft import plugins
 from edgeft.artifact import Artifact, manifest_path, open_artifact, read_manifest
@@ -13,6 +14,7 @@ from edgeft.bundle import is_bundle, read_bundle
 from edgeft.errors import EdgeftError, MissingDependency, ModelError, PluginError, UsageError
 from edgeft.models import resolve
 from edgeft.overflow import overflow_choice
+from edgeft.paths import states_dir
 from edgeft.plugins import (
     AdapterScale,
     Capability,
@@ -56,6 +58,26 @@ class Opened:
         if len(prompts) == 1:
             return prompts.pop()
         return self.artifact.manifest.system if self.artifact.manifest and not prompts else None
+
+
+def load_options(values: Mapping[str, Any]) -> LoadOptions:
+    """How the `run.*` settings, by their short names, say a model is loaded."""
+    return LoadOptions(
+        context=values["context"] or None,
+        threads=values["threads"] or None,
+        threads_batch=values["threads-batch"] or None,
+        **levers(values),
+        state=states_dir() if values["state"] == "on" else None,
+    )
+
+
+def levers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that trade speed, memory and text, as arguments of `LoadOptions`."""
+    return {
+        "kv_type": None if values["kv-type"] == "auto" else values["kv-type"],
+        "lookup": {"auto": None, "on": True, "off": False}[values["lookup"]],
+        "overflow": values["overflow"],
+    }
 
 
 def open_session(

@@ -139,7 +139,7 @@ def test_nobody_else_may_read_it(history: History, path: Path) -> None:
 
 def test_the_file_says_its_version_and_uses_a_write_ahead_log(history: History, path: Path) -> None:
     with sqlite3.connect(path) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
@@ -156,7 +156,7 @@ def test_a_later_version_adds_to_what_is_there(path: Path, monkeypatch: pytest.M
             assert new.conversation(1).messages[0].content == "kept"
             assert [found.role for found in new.search("kep")] == ["user", "assistant"]
     with sqlite3.connect(path) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
 
 
 def test_search_finds_words_by_their_beginnings_and_not_what_was_withdrawn(history: History) -> None:
@@ -194,7 +194,7 @@ def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.
     with pytest.raises(EdgeftError):
         History(path)
     with sqlite3.connect(path) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
         assert database.execute("SELECT name FROM sqlite_master WHERE name = 'half'").fetchone() is None
 
 

@@ -418,7 +418,13 @@ def test_save_as_training_data_and_as_text(chat: Chat) -> None:
     chat("greet me\n/system Be brief.\n/save talk.jsonl\n/save 'my talk.md'\n", "m.echo.json")
     saved = json.loads(Path("talk.jsonl").read_text())
     assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
-    assert "## assistant\n\nHello there." in Path("my talk.md").read_text()
+    text = Path("my talk.md").read_text()
+    assert "* system: Be brief." in text and "temperature 0," in text and "Hello there.\n" in text
+    chat("greet me\n/set temperature 0.5\n/retry\n/save all.json\n", "m.echo.json")
+    (whole,) = json.loads(Path("all.json").read_text())
+    assert whole["edgeft"]["messages"][-1]["sampling"]["temperature"] == 0.5
+    assert whole["edgeft"]["messages"][-1]["sampling"]["seed"] == 1
+    assert [message["role"] for message in whole["messages"]] == ["user", "assistant"]
 
 
 def test_save_overwrites_nothing(chat: Chat) -> None:

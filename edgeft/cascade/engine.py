@@ -25,7 +25,7 @@ from edgeft.cascade.features import loggable
 from edgeft.cascade.policies import Evidence, Policy, make_policy
 from edgeft.cascade.privacy import Guard
 from edgeft.cascade.settings import PolicySettings, Settings, read_settings
-from edgeft.cascade.types import LOCAL, CascadeDelta, Record
+from edgeft.cascade.types import LOCAL, By, CascadeDelta, Record
 from edgeft.chat import Cancel, Message, Sampling
 from edgeft.errors import EdgeftError, Unreachable
 from edgeft.plugins import LoadOptions
@@ -116,13 +116,18 @@ class Cascade:
         sampling: Sampling | None = None,
         cancel: Cancel | None = None,
         tools: Tools | None = None,
+        by: By = "policy",
     ) -> Iterator[CascadeDelta]:
         """Stream one answer; the last delta has the record. It may be left at any point.
+
+        Args:
+            by: "cloud" asks it whatever the policy says, and the device when it does not answer; what a privacy rule
+                keeps on the device stays there.
 
         Raises:
             EdgeftError: neither the device nor the cloud could answer; the audit log has it as refused.
         """
-        turn = _Turn(self, messages, sampling or Sampling(), Cancel() if cancel is None else cancel, tools)
+        turn = _Turn(self, messages, sampling or Sampling(), Cancel() if cancel is None else cancel, tools, by)
         record, began = turn.record, time.monotonic()
         record.finish = "cancel"  # until it ends in another way
         try:
@@ -147,9 +152,16 @@ class _Turn:
     """One request on its way."""
 
     def __init__(
-        self, cascade: Cascade, messages: Sequence[Message], sampling: Sampling, cancel: Cancel, tools: Tools | None
+        self,
+        cascade: Cascade,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        cancel: Cancel,
+        tools: Tools | None,
+        by: By = "policy",
     ) -> None:
         self.cascade, self.messages, self.sampling, self.cancel, self.tools = cascade, messages, sampling, cancel, tools
+        self.by = by
         self.record = Record(uuid.uuid4().hex, time.time())
 
     def deltas(self) -> Iterator[CascadeDelta]:
@@ -157,6 +169,10 @@ class _Turn:
         pinned = cascade.guard.pinned(self.messages) or ("tools are the device's" if self.tools else "")
         if pinned:
             yield from self._from_device(f"stays on the device: {pinned}")
+        elif self.by == "device":
+            yield from self._from_device("the device was asked for")
+        elif self.by == "cloud":
+            yield from self._from_cloud("the cloud was asked for", None)
         elif kind == "cloud-only":
             yield from self._from_cloud("cloud only", None)
         elif kind in ("local-only", "on-error") or cascade.settings.policy.judge_tokens == 0:

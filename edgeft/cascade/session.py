@@ -6,15 +6,17 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edgeft.cascade.engine import Cascade
-from edgeft.cascade.types import LOCAL, CascadeDelta, Record
+from edgeft.cascade.types import LOCAL, By, CascadeDelta, Record
 from edgeft.chat import Cancel, Delta, FinishReason, Message, Sampling, TokenIds, Usage
 from edgeft.errors import UsageError
 from edgeft.paths import parse_json
 from edgeft.plugins import AdapterScale
+from edgeft.progress import Progress
 from edgeft.sessions import Opened
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class CascadeSession:
         self.vocabulary = 256
         self.record: Record | None = None
         """Of the last answer."""
+        self.by: By = "policy"
+        """Who is to write the next answers."""
 
     def __enter__(self) -> CascadeSession:
         return self
@@ -58,7 +62,8 @@ class CascadeSession:
     def generate(self, prompt: TokenIds, sampling: Sampling, cancel: Cancel | None = None) -> Iterator[Delta]:
         messages, tools = parse_json(bytes(prompt))
         author = LOCAL
-        with contextlib.closing(_closable(self.cascade.answer(messages, sampling, cancel, tools or None))) as answer:
+        pieces = self.cascade.answer(messages, sampling, cancel, tools or None, self.by)
+        with contextlib.closing(_closable(pieces)) as answer:
             for delta in answer:
                 if delta.record is not None:
                     self.record = delta.record
@@ -86,6 +91,13 @@ def usage_of(record: Record) -> Usage:
     return Usage(
         record.prompt_tokens, 0, record.completion_tokens, first, max(record.total_ms / 1000 - first, 0.0), reason
     )
+
+
+def open_cascade(path: Path, adapters: Sequence[AdapterScale], progress: Progress | None, heard: Heard) -> Opened:
+    """A cascade by its settings, as an opened model. Raises: UsageError; what `Cascade.open` raises."""
+    if adapters:
+        raise UsageError("a cascade has the model that its settings name", "Leave out --adapter.")
+    return opened_cascade(Cascade.open(path, progress), heard)
 
 
 def opened_cascade(cascade: Cascade, heard: Heard) -> Opened:

@@ -10,6 +10,8 @@ LOCAL = "local"
 """The author of text that was made on the device; any other author is the name of an endpoint."""
 
 Finish = Literal["stop", "length", "cancel", "broken", "refused"]
+By = Literal["policy", "device", "cloud"]
+"""Who is to answer: whom the policy chooses, or whom the user asks for. Privacy rules hold all the same."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgeft import config, paths
+from edgeft import config
 from edgeft.chat import Cancel, Delta, Message, Sampling, TokenIds
 from edgeft.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgeft.plugins import AdapterScale, LoadOptions, Session
+    from edgeft.plugins import AdapterScale, Session
     from edgeft.sessions import Opened
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,6 +32,23 @@ def adapter_option(command: Command) -> Command:
     """`--adapter FILE[=SCALE]`, as often as there are adapters."""
     text = "LoRA adapter (GGUF, see docs/adapters.md); repeatable."
     return click.option("--adapter", "adapters", multiple=True, metavar="FILE[=SCALE]", help=text)(command)
+
+
+def by_option(command: Command) -> Command:
+    """`--by WHO`: who of a cascade answers."""
+    text = "Who of a cascade answers: whom its policy chooses, or always the device or the cloud."
+    choice = click.Choice(("policy", "device", "cloud"))
+    return click.option("--by", type=choice, default="policy", show_default=True, help=text)(command)
+
+
+def ask_for(opened: Opened, who: str) -> None:
+    """Raises: UsageError when it is no cascade, or `who` nobody."""
+    if who not in ("policy", "device", "cloud"):
+        raise UsageError(f"{who or 'nobody'} cannot answer", "Say policy, device or cloud.")
+    if hasattr(opened.session, "by"):
+        opened.session.by = who
+    elif who != "policy":
+        raise UsageError("only of a cascade one can say who answers", "Give a cascade.toml: edgeft cascade init.")
 
 
 def run_options(command: Command) -> Command:
@@ -80,27 +97,25 @@ def sampling(values: Mapping[str, Any], **more: Any) -> Sampling:
 def open_model(reference: str, values: Mapping[str, Any], adapters: list[AdapterScale]) -> Opened:
     """Load a model as the settings say. Raises: what `open_session` raises; ModelError for a wrong adapter."""
     from edgeft.cli._output import ConsoleProgress
-    from edgeft.sessions import open_session
+    from edgeft.sessions import load_options, open_session
 
     if reference.endswith(".toml"):
         from edgeft.cascade import is_cascade
 
         if is_cascade(reference):
             return _open_cascade(reference, adapters)
-    return open_session(reference, str(values["runtime"]), _load_options(values), ConsoleProgress(), adapters=adapters)
+    return open_session(reference, str(values["runtime"]), load_options(values), ConsoleProgress(), adapters=adapters)
 
 
 def _open_cascade(reference: str, adapters: list[AdapterScale]) -> Opened:
-    from edgeft.cascade import Cascade
-    from edgeft.cascade.session import opened_cascade
+    from edgeft.cascade.session import open_cascade
     from edgeft.cli._output import ConsoleProgress, note
 
-    if adapters:
-        raise UsageError("a cascade has the model that its settings name", "Leave out --adapter.")
-    cascade = Cascade.open(Path(reference), ConsoleProgress())
-    if cascade.stale:
-        note(f"the calibration is stale: {cascade.stale}; the device answers. edgeft cascade tune makes a new one.")
-    return opened_cascade(cascade, lambda author, reason: note(f"[{author}: {reason}]"))
+    heard = lambda author, reason: note(f"[{author}: {reason}]")  # noqa: E731
+    opened = open_cascade(Path(reference), adapters, ConsoleProgress(), heard)
+    if stale := opened.session.cascade.stale:  # type: ignore[attr-defined]
+        note(f"the calibration is stale: {stale}; the device answers. edgeft cascade tune makes a new one.")
+    return opened
 
 
 def explain(opened: Opened) -> None:
@@ -134,27 +149,6 @@ def show_notes(session: Session) -> None:
 
     for text in getattr(session, "notes", ()):
         note(text)
-
-
-def levers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that trade speed, memory and text, as arguments of `LoadOptions`."""
-    return {
-        "kv_type": None if values["kv-type"] == "auto" else values["kv-type"],
-        "lookup": {"auto": None, "on": True, "off": False}[values["lookup"]],
-        "overflow": values["overflow"],
-    }
-
-
-def _load_options(values: Mapping[str, Any]) -> LoadOptions:
-    from edgeft.plugins import LoadOptions
-
-    return LoadOptions(
-        context=values["context"] or None,
-        threads=values["threads"] or None,
-        threads_batch=values["threads-batch"] or None,
-        **levers(values),
-        state=paths.states_dir() if values["state"] == "on" else None,
-    )
 
 
 def system_prompt(given: str | None, opened: Opened) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +13,11 @@ from typing import Any
 
 import click
 
-from edgeft.chat import Sampling, TokenIds, Usage
+from edgeft.chat import SAMPLING, Sampling, TokenIds, Usage, changed_sampling
 from edgeft.cli._generate import (
     adapter_option,
+    ask_for,
+    by_option,
     explain,
     fitted,
     open_model,
@@ -27,10 +28,12 @@ from edgeft.cli._generate import (
     stream,
     system_prompt,
 )
-from edgeft.cli._output import json_option, note, print_json, print_table
+from edgeft.cli._output import json_option, note, print_json
+from edgeft.cli.history import print_conversations, print_found
+from edgeft.conversation_file import made_with, route_of, write_conversation
 from edgeft.errors import EdgeftError, ExitCode, UsageError
 from edgeft.history import Conversation, History
-from edgeft.paths import history_file, write_text
+from edgeft.paths import history_file
 from edgeft.sessions import Opened
 
 LATEST = "latest"
@@ -39,8 +42,12 @@ COMMANDS = """\
 /help          this list
 /reset         begin a new conversation; the old one stays in the history
 /system TEXT   change the system prompt from here on; without TEXT: show it
+/set NAME X    change the sampling from here on, such as: /set temperature 0.7; without X: show it
+/adapter FILE  from here on with this adapter, or several: FILE=SCALE FILE; without FILE: with none
+/by WHO        who of a cascade answers: policy, device or cloud
 /retry         take back the last answer and try again, with the next seed
-/save FILE     write the conversation: .jsonl or .json as training data, anything else as Markdown
+/edit TEXT     take back what was said last, with its answer, and say TEXT instead
+/save FILE     write the conversation: .json with all parameters, .jsonl without, both to train on; else Markdown
 /list          stored conversations
 /search WORDS  stored messages with these words
 /title TEXT    name this conversation
@@ -75,6 +82,7 @@ Examples:
     help="Say with what settings a model runs and why, or how a cascade answered.",
 )
 @click.option("--no-history", is_flag=True, help="Store nothing.")
+@by_option
 @click.option(
     "--against", metavar="MODEL", help="Two answers side by side, on the whole screen; adapters are for the first."
 )
@@ -90,6 +98,7 @@ def chat(
     search: str | None,
     explaining: bool,
     no_history: bool,
+    by: str,
     against: str | None,
     screen: bool,
     as_json: bool,
@@ -100,10 +109,10 @@ def chat(
     Without MODEL, --resume takes the one of that conversation. With --json every answer is one JSON object.
     """
     if list_only:
-        _print_conversations(as_json)
+        print_conversations(as_json)
         return ExitCode.OK
     if search is not None:
-        _print_found(search, as_json)
+        print_found(search, as_json)
         return ExitCode.OK
     if no_history and resume:
         raise UsageError("--resume needs the history that --no-history leaves out")
@@ -112,7 +121,7 @@ def chat(
     if against and resume:
         raise UsageError("--against begins two new conversations; --resume goes on with one", "Leave one of them out.")
     if screen or against:
-        return _on_screen(model, adapters, resume, against or "")
+        return _on_screen(model, adapters, resume, against or "", by)
     with contextlib.ExitStack() as stack:
         history = None if no_history else stack.enter_context(History(history_file()))
         old = _resumed(history, resume, model) if history and resume else None
@@ -122,13 +131,14 @@ def chat(
         values = settings(flags)
         opened = open_model(model, values, [parse_adapter(adapter) for adapter in adapters])
         stack.enter_context(opened.session)
+        ask_for(opened, by)
         conversation = old or Conversation(_lasting(model), opened.runtime, system_prompt(system, opened), history)
         if old and system is not None:
             conversation.change_system(system or None)
         return _Chat(opened, conversation, sampling(values), as_json, explaining=explaining).run()
 
 
-def _on_screen(model: str | None, adapters: tuple[str, ...], resume: str | None, against: str) -> int:
+def _on_screen(model: str | None, adapters: tuple[str, ...], resume: str | None, against: str, by: str) -> int:
     from edgeft.cli.tui import show
     from edgeft.tui.place import ChatPlace
 
@@ -140,7 +150,7 @@ def _on_screen(model: str | None, adapters: tuple[str, ...], resume: str | None,
     if model is None:
         raise UsageError("which model?", "edgeft chat MODEL --screen; edgeft models list shows what there is.")
     parsed = tuple((str(one.path), one.scale) for one in map(parse_adapter, adapters))
-    return show(Path.cwd(), chat=ChatPlace(model, parsed, number, against=against))
+    return show(Path.cwd(), chat=ChatPlace(model, parsed, number, against=against, by=by))
 
 
 def _lasting(reference: str) -> str:
@@ -159,39 +169,6 @@ def _resumed(history: History, which: str, model: str | None) -> Conversation:
     else:
         raise UsageError(f"{which!r} is not the number of a conversation", f"edgeft chat {which} --resume")
     return Conversation.resume(history, number)
-
-
-def _print_conversations(as_json: bool) -> None:
-    path = history_file()
-    summaries = []
-    if path.is_file():
-        with History(path) as history:
-            summaries = history.summaries()
-    if as_json:
-        print_json([vars(summary) for summary in summaries])
-        return
-    rows = [
-        (one.id, one.created[:16].replace("T", " "), Path(one.model).name, one.messages, _short(one.title))
-        for one in summaries
-    ]
-    print_table(("id", "begun (UTC)", "model", "messages", "first message"), rows)
-
-
-def _print_found(words: str, as_json: bool) -> None:
-    path, found = history_file(), []
-    if path.is_file():
-        with History(path) as history:
-            found = history.search(words)
-    if as_json:
-        print_json([vars(one) for one in found])
-        return
-    rows = [(one.conversation, _short(one.title, 30), one.role, " ".join(one.snippet.split())) for one in found]
-    print_table(("id", "conversation", "who", "text"), rows)
-
-
-def _short(text: str, length: int = 60) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
 
 
 @dataclass
@@ -240,9 +217,13 @@ class _Chat:
             "/reset": lambda _: self._reset(),
             "/system": self._system,
             "/retry": lambda _: self._retry(),
+            "/edit": self._edit,
+            "/set": self._set,
+            "/adapter": self._adapt,
+            "/by": self._by,
             "/save": self._save,
-            "/list": lambda _: _print_conversations(self.as_json),
-            "/search": lambda words: _print_found(words, self.as_json),
+            "/list": lambda _: print_conversations(self.as_json),
+            "/search": lambda words: print_found(words, self.as_json),
             "/title": self._title,
             "/branch": lambda _: self._branch(),
         }
@@ -281,6 +262,33 @@ class _Chat:
         self.retries += 1
         self._answer()
 
+    def _edit(self, text: str) -> None:
+        if not text:
+            raise UsageError("what shall it be instead?", "/edit TEXT")
+        self.conversation.withdraw("assistant")
+        if self.conversation.withdraw("user") is None:
+            raise UsageError("there is nothing to edit")
+        self.retries = 0
+        self.conversation.say(text)
+        self._answer()
+
+    def _set(self, text: str) -> None:
+        name, _, value = text.partition(" ")
+        if value:
+            self.sampling = changed_sampling(self.sampling, name, value.strip())
+        shown = {key: getattr(self.sampling, key.replace("-", "_")) for key in SAMPLING}
+        note(_dim(", ".join(f"{key} {number:g}" for key, number in shown.items())))
+
+    def _adapt(self, text: str) -> None:
+        adapters = [parse_adapter(word) for word in shlex.split(text)]
+        self.opened.session.set_adapters(adapters)
+        self.opened = dataclasses.replace(self.opened, adapters=tuple(adapters))
+        note(_dim(f"adapters: {text or 'none'}"))
+
+    def _by(self, who: str) -> None:
+        ask_for(self.opened, who)
+        note(_dim(f"who answers: {who}"))
+
     def _save(self, name: str) -> None:
         arguments = shlex.split(name)
         if len(arguments) != 1:
@@ -288,7 +296,7 @@ class _Chat:
         path = Path(arguments[0]).expanduser()
         if path.exists():
             raise UsageError(f"{path} exists", "Choose another name.")
-        write_text(path, _as_file(self.conversation, path.suffix))
+        write_conversation(self.conversation, path)
         note(_dim(f"saved to {path}"))
 
     def _answer(self) -> None:
@@ -308,7 +316,8 @@ class _Chat:
     def _generate(self, prompt: TokenIds, how: Sampling) -> tuple[str, Usage]:
         """Stream an answer to stdout and into the conversation; whatever happens, what came so far is kept."""
         text, usage = "", None
-        self.conversation.begin_answer()
+        adapters = [(str(one.path), one.scale) for one in self.opened.adapters]
+        self.conversation.begin_answer(made_with(how, adapters))
         try:
             with contextlib.closing(stream(self.opened.session, prompt, how)) as answer:
                 for delta in answer:
@@ -317,7 +326,7 @@ class _Chat:
                         click.echo(delta.text, nl=False)
                     self.conversation.grow_answer(text)
         finally:
-            self.conversation.end_answer(text, usage)
+            self.conversation.end_answer(text, usage, route_of(self.opened.session) if usage else None)
         assert usage is not None
         return text, usage
 
@@ -350,12 +359,6 @@ def _summary(usage: Usage, context: int) -> str:
 
 def _dim(text: str) -> str:
     return click.style(text, dim=True)
-
-
-def _as_file(conversation: Conversation, suffix: str) -> str:
-    if suffix in (".json", ".jsonl"):
-        return json.dumps({"messages": conversation.prompt()}, ensure_ascii=False) + "\n"
-    return "\n".join(f"## {message['role']}\n\n{message['content']}\n" for message in conversation.prompt())
 
 
 def _inputs() -> Iterator[str]:

@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "tui": ("edgeft.cli.tui:tui", "Everything on one screen: models, training, chat, devices, jobs."),
     "demo": ("edgeft.cli.demo:demo", "Train, export and chat with a real model in minutes."),
     "chat": ("edgeft.cli.chat:chat", "Talk to a model, offline."),
+    "history": ("edgeft.cli.history:history", "What was said in conversations: search, export, name."),
     "run": ("edgeft.cli.run:run", "One prompt in, one answer out."),
     "train": ("edgeft.cli.train:train", "Fine-tune a base model on a data set."),
     "curves": ("edgeft.cli.curves:curves", "What a training measures; several runs beside each other."),

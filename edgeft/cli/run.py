@@ -13,6 +13,8 @@ import click
 from edgeft.chat import Delta, Usage
 from edgeft.cli._generate import (
     adapter_option,
+    ask_for,
+    by_option,
     explain,
     open_model,
     parse_adapter,
@@ -54,6 +56,7 @@ Examples:
     is_flag=True,
     help="Say with what settings a model runs and why, or how a cascade answered.",
 )
+@by_option
 @click.option("--logprobs", type=click.IntRange(0, 100), default=0, help="Alternatives per token, in --json.")
 @run_options
 @json_option
@@ -66,6 +69,7 @@ def run(
     adapters: tuple[str, ...],
     stop: tuple[str, ...],
     explaining: bool,
+    by: str,
     logprobs: int,
     as_json: bool,
     **flags: Any,
@@ -85,6 +89,7 @@ def run(
     how = sampling(values, stop=stop, json_schema=schema, top_logprobs=logprobs)
     opened = open_model(model, values, [parse_adapter(adapter) for adapter in adapters])
     with opened.session as session:
+        ask_for(opened, by)
         tokens = session.tokenize(text, special=True, bos=True) if raw else _chat_tokens(opened, system, text)
         deltas = []
         with contextlib.closing(stream(session, tokens, how)) as answer:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeft.cli._generate import levers, parse_adapter, run_options, sampling, settings
+from edgeft.cli._generate import parse_adapter, run_options, sampling, settings
 from edgeft.cli._output import dry_run_option, note, print_json
 from edgeft.errors import UsageError, require
 from edgeft.paths import home
@@ -111,6 +111,7 @@ def _exporter() -> Any:
 def _specs(models: Sequence[str], adapters: Sequence[str], values: dict[str, Any]) -> tuple[tuple[str, Spec], ...]:
     """Names and what to load. Raises: UsageError for a name that is taken, or an adapter of an unknown model."""
     from edgeft.serve.engine import Spec
+    from edgeft.sessions import levers
 
     references = dict(_named(model) for model in models)
     if len(references) < len(models):

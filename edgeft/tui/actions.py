@@ -25,6 +25,7 @@ class How(enum.Enum):
     DEPLOY = "devices, each with its progress"
     FIT = "a table of devices"
     CASCADE = "a cascade: settings, threshold, spending, privacy"
+    HERE = "the conversation that is on the screen"
 
 
 ANY = "MODEL"
@@ -39,10 +40,13 @@ class Action:
     command: tuple[str, ...]
     """Arguments of `edgeft`."""
     how: How
+    says: str = ""
+    """What is typed into the command."""
 
     @property
     def line(self) -> str:
-        return command_line(self.command)
+        typed = f"echo {shlex.quote(self.says)} | " if self.says else ""
+        return typed + command_line(self.command)
 
 
 def command_line(command: Sequence[str]) -> str:

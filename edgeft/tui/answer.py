@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,19 @@ from edgeft.paths import history_file
 from edgeft.tui.model import Opened
 from edgeft.tui.talk import Said
 
-PAGE = 60
-"""Messages that are drawn; older ones are in the history."""
 FRAME_S = 0.04
 """Words that come sooner after the last ones are drawn with the next: drawing costs milliseconds, a token may not."""
-SLOWER = 10_000
-"""Characters of an answer that double that time: the whole conversation is laid out anew each time."""
+SHARE = 4
+"""Drawing waits so many times as long as it took the last time: four fifths of the time belong to keys."""
+
+Adapters = Sequence[tuple[str, float]]
 
 
 async def write_answer(
     events: AsyncIterator[Mapping[str, Any]],
     said: Said,
     conversation: Conversation,
-    keep: Callable[[Callable[[], object]], bool],
+    keep: Callable[[Callable[[], object]], None],
     tell: Callable[[str], None],
 ) -> Usage:
     """Draw and store an answer that was begun, while it comes; whatever happens, what came is kept.
@@ -41,23 +42,31 @@ async def write_answer(
     Raises:
         EdgeftError: the model failed.
     """
-    text, drawn, usage = "", 0, None
+    text, drawn, usage, route = "", 0, None, None
     began = last = time.monotonic()
+    pause = FRAME_S
     try:
         async for event in events:
             if event["event"] == "text":
                 text += event["text"]
-                if (now := time.monotonic()) - last < FRAME_S * (1 + len(text) / SLOWER):
+                if (now := time.monotonic()) - last < pause:
                     continue
                 await said.grow(text[drawn:])
-                drawn, last = len(text), now
                 keep(partial(conversation.grow_answer, text))
                 tell(f"{len(text)} characters, {now - began:.0f} s")
+                drawn, last = len(text), time.monotonic()
+                pause = max(FRAME_S, SHARE * (last - now))
+            elif event["event"] == "author":
+                said.written_by({"author": event["author"], "reason": event["reason"]})
+            elif event["event"] == "note":
+                said.notify(event["text"], severity="warning", markup=False)
             else:
-                usage = _usage(event["usage"])
+                usage, route = usage_of(event["usage"]), event["route"]
     finally:
-        keep(lambda: conversation.end_answer(text, usage))
+        keep(lambda: conversation.end_answer(text, usage, route))
         await said.grow(text[drawn:])
+        if route:
+            said.written_by(route)
         await said.end(text, stopped=usage is None or usage.finish_reason == "cancel")
     assert usage is not None
     return usage
@@ -67,19 +76,32 @@ def figures(opened: Opened, usage: Usage | None, doing: str) -> list[str]:
     """For a line of status: the speed of the last answer, or what is being done, and how full the context is."""
     used = usage.prompt_tokens + usage.completion_tokens if usage else 0
     speed = [f"{usage.decode_tokens_per_s:.1f} tokens/s", f"first token {usage.ttft_s * 1000:.0f} ms"] if usage else []
-    return [*([doing] if doing else speed), f"context {used}/{opened.context}"]
+    return [*([doing] if doing else speed), f"context {used}/{opened.context}{_gauge(used, opened.context)}"]
+
+
+def _gauge(used: int, context: int) -> str:
+    """Eighths of the context that are full, and the share in numbers."""
+    if not used or not context:
+        return ""
+    share = min(1.0, used / context)
+    return f" {'█' * round(8 * share):░<8} {share:.0%}" + (" nearly full" if share > 0.9 else "")
+
+
+def last_usage(conversation: Conversation) -> Usage | None:
+    """Of the last answer, as far as the history knows it."""
+    found = [one.usage for one in conversation.messages if one.usage]
+    return usage_of(found[-1]) if found else None
+
+
+def run_settings() -> dict[str, Any]:
+    """`run.*`, by their short names."""
+    return {name[4:]: value.value for name, value in config.load().items() if name.startswith("run.")}
 
 
 def sampling_of_config() -> Sampling:
-    values = config.load()
+    values = run_settings()
     names = ("max-tokens", "temperature", "top-k", "top-p", "min-p", "repeat-penalty", "seed")
-    return Sampling(**{name.replace("-", "_"): values[f"run.{name}"].value for name in names})
-
-
-def load_options() -> tuple[str, dict[str, Any]]:
-    """The runtime's name and how it is to load a model."""
-    values = {name: value.value for name, value in config.load().items()}
-    return values["run.runtime"], {"context": values["run.context"] or None, "threads": values["run.threads"] or None}
+    return Sampling(**{name.replace("-", "_"): values[name] for name in names})
 
 
 def open_history() -> tuple[History | None, tuple[str, str] | None]:
@@ -93,13 +115,33 @@ def open_history() -> tuple[History | None, tuple[str, str] | None]:
     return history, ("The history was damaged; a new one is begun", f"the old file is {aside}")
 
 
+def store_again(conversation: Conversation) -> tuple[str, str] | None:
+    """Store a conversation that could not be stored for a while, as a new one; what is to be said of it, if it was."""
+    history, trouble = open_history()
+    if history is None:
+        return None
+    try:
+        conversation.store_anew(history)
+    except EdgeftError:
+        history.close()
+        return None
+    return trouble or ("Stored again", f"as conversation {conversation.id}, with all that was said")
+
+
+def close_history(*histories: History | None) -> None:
+    for history in histories:
+        if history is not None:
+            with contextlib.suppress(EdgeftError):
+                history.close()
+
+
 def lasting(reference: str) -> str:
     """A reference that means the same from another folder."""
     path = Path(reference).expanduser()
     return str(path.absolute()) if path.exists() else reference
 
 
-def _usage(value: dict[str, float]) -> Usage:
+def usage_of(value: Mapping[str, Any]) -> Usage:
     """Back from `Usage.as_dict`."""
     tokens, speed = int(value["completion_tokens"]), value["decode_tokens_per_s"]
     return Usage(
@@ -108,5 +150,5 @@ def _usage(value: dict[str, float]) -> Usage:
         completion_tokens=tokens,
         ttft_s=value["ttft_ms"] / 1000,
         decode_s=(tokens - 1) / speed if speed else 0.0,
-        finish_reason=value["finish_reason"],  # type: ignore[arg-type]
+        finish_reason=value["finish_reason"],
     )

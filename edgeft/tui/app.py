@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -29,7 +30,8 @@ class EdgeftApp(App[None]):
     TITLE = "edgeft"
     CSS_PATH = "style.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("question_mark,f1", "help", "Help", key_display="?"),
+        Binding("question_mark", "help", "Help", key_display="?"),
+        Binding("f1", "help", "Help", key_display="F1"),
         Binding("ctrl+q", "quit", "Quit", show=False),
     ]
 
@@ -75,13 +77,33 @@ class EdgeftApp(App[None]):
 
     def _cut_off(self) -> None:
         """The terminal is gone, or somebody ends the process: what was typed and received is kept."""
+        self._keep_conversations()
+        self.exit(return_code=129)
+
+    def copy_to_clipboard(self, text: str) -> None:
+        """By OSC 52, which works over SSH; tmux takes it from its own command only (its default since 2.6)."""
+        super().copy_to_clipboard(text)
+        if os.environ.get("TMUX"):
+            self._copy_in_tmux(text)
+
+    @work(thread=True, group="clipboard")
+    def _copy_in_tmux(self, text: str) -> None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["tmux", "load-buffer", "-w", "-"]
+            subprocess.run(command, input=text.encode(), capture_output=True, timeout=5, check=False)
+
+    async def action_quit(self) -> None:
+        """What was typed in the last half second is kept too."""
+        self._keep_conversations()
+        await super().action_quit()
+
+    def _keep_conversations(self) -> None:
         from edgeft.tui.chat import ChatScreen
         from edgeft.tui.side_by_side import SideBySideScreen
 
         for screen in self.screen_stack:
             if isinstance(screen, (ChatScreen, SideBySideScreen)):
                 screen.cut_off()
-        self.exit(return_code=129)
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         yield from super().get_system_commands(screen)
@@ -167,7 +189,7 @@ class EdgeftApp(App[None]):
         if at.against:
             self.push_screen(SideBySideScreen(at))
             return
-        self.push_screen(ChatScreen(at.model, at.adapters, at.conversation, draft=at.draft))
+        self.push_screen(ChatScreen(at.model, at.adapters, at.conversation, draft=at.draft, by=at.by))
 
     def _fit(self, command: Sequence[str]) -> None:
         from edgeft.tui.devices import DevicesScreen, Question

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
 from textual.css.query import NoMatches
 from textual.screen import Screen
 from textual.timer import Timer
@@ -21,21 +20,37 @@ from textual.widgets import Footer, Static, TextArea
 from textual.worker import Worker, WorkerCancelled
 
 from edgeft.chat import Usage
+from edgeft.conversation_file import code_blocks, made_with, write_conversation
 from edgeft.errors import EdgeftError
 from edgeft.history import Conversation
-from edgeft.paths import write_text
-from edgeft.tui.actions import command_line
-from edgeft.tui.answer import PAGE, figures, lasting, load_options, open_history, sampling_of_config, write_answer
+from edgeft.tui.actions import Action, command_line
+from edgeft.tui.answer import (
+    close_history,
+    figures,
+    last_usage,
+    lasting,
+    open_history,
+    run_settings,
+    sampling_of_config,
+    store_again,
+    write_answer,
+)
+from edgeft.tui.ask import Ask
+from edgeft.tui.chat_actions import Here, chat_actions
+from edgeft.tui.choose import Choose
+from edgeft.tui.conversation_view import ConversationView
 from edgeft.tui.conversations import ConversationsScreen
 from edgeft.tui.model import ModelProcess, Opened
 from edgeft.tui.place import ChatPlace, keep_chat, leave_chat
 from edgeft.tui.settings import SettingsScreen, State
-from edgeft.tui.talk import Prompt, Said, as_file
+from edgeft.tui.talk import Prompt, Said
 
 DRAFT_S = 0.5
 """From a key to the disk: the most typing that a killed process can lose."""
 TOO_LATE_S = 1.0
 """Esc so soon after the end of an answer meant to stop it, not to leave."""
+BY = {"policy": "", "device": "asks the device only", "cloud": "asks the cloud"}
+"""Who of a cascade is to answer, and what the line below says of it."""
 
 
 class ChatScreen(Screen[None]):
@@ -43,21 +58,23 @@ class ChatScreen(Screen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "stop", "Stop / back"),
+        Binding("f4", "actions", "Actions"),
         Binding("ctrl+r", "retry", "Again"),
-        Binding("ctrl+n", "new", "New"),
+        Binding("f2", "edit", "Edit"),
+        Binding("f6", "by", "Who answers", priority=True),
         Binding("ctrl+o", "conversations", "Old ones"),
         Binding("ctrl+t", "settings", "Settings"),
-        Binding("ctrl+b", "branch", "Branch", show=False),
-        Binding("f2", "edit", "Edit last", show=False),
-        Binding("ctrl+g", "save", "Save as Markdown", show=False),
+        Binding("ctrl+n", "new", "New", show=False),
+        Binding("ctrl+b", "branch", "Go on in a copy", show=False),
+        Binding("f7", "rename", "Name this conversation", show=False, priority=True),
+        Binding("f8", "copy_answer", "Copy the last answer", show=False),
+        Binding("f9", "copy_code", "Copy its last code block", show=False),
+        Binding("ctrl+g", "save", "Write a file", show=False),
         Binding("f3", "copy_command", "Copy command", show=False),
     ]
-    HELP = """**Enter** sends, **Shift+Enter** or **Ctrl+J** begins a new line; a paste is one message.
-
-**Esc** stops an answer and keeps what is there; with nothing to stop it goes back. **Ctrl+R** answers again, **F2**
-takes the last message back to edit it, **Ctrl+B** goes on in a copy. **Shift+Tab** goes up to the messages: **c**
-copies one, **k** the first code block in it, **e** edits it, **b** branches there. **Ctrl+O** lists and searches what
-was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **Ctrl+G** writes a file."""
+    HELP = """**Esc** stops an answer and keeps what is there; with nothing to stop it goes back. **F4** lists all that
+can be done here, each with its command. **Page Up** and **Page Down** scroll; **Shift+Tab** goes up to the messages,
+to copy, edit or branch at any of them."""
 
     def __init__(
         self,
@@ -67,11 +84,13 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         process: ModelProcess | None = None,
         opened: Opened | None = None,
         draft: str = "",
+        by: str = "policy",
     ) -> None:
         """
         Args:
             process: one that may have a model loaded; it ends with the screen.
             opened: what it has loaded, which is then not loaded again.
+            by: who of a cascade is to answer.
         """
         super().__init__()
         self._draft = draft
@@ -81,22 +100,25 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         self._resume = resume
         self._process = process or ModelProcess()
         self._opened = opened
+        self._opening = asyncio.Lock()
         self._answer: Worker[None] | None = None
         self._history, self._trouble = open_history()
         self.conversation = Conversation(lasting(model), "", None, self._history)
         self._usage: Usage | None = None
+        self._by = by
+        self._offline = self._lost = False
         self._retries = 0
         self._ended = 0.0
         self._place_timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
-        yield VerticalScroll(id="talk")
+        yield ConversationView(id="talk")
         yield Static("", id="status", markup=False)
         yield Prompt(id="prompt")
-        yield Footer(show_command_palette=False)
+        yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
-        self.query_one("#talk", VerticalScroll).anchor()
+        self._view.conversation = self.conversation
         prompt = self.query_one(Prompt)
         prompt.load_text(self._draft)
         prompt.focus()
@@ -108,8 +130,14 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         if self._place_timer is not None:
             self._place_timer.stop()
         await self._process.close()
-        if self._history is not None:
-            self._history.close()
+        close_history(self._history, self.conversation.history)
+
+    @property
+    def _view(self) -> ConversationView:
+        return self.query_one("#talk", ConversationView)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return action != "by" or bool(self._opened and self._opened.cascade)
 
     # --- Where one is ---------------------------------------------------------
 
@@ -123,7 +151,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         self._place_timer = None
         draft = self.query_one(Prompt).text
         if draft or self.conversation.messages:
-            keep_chat(ChatPlace(lasting(self.model), tuple(self.adapters), self.conversation.id, draft))
+            keep_chat(ChatPlace(lasting(self.model), tuple(self.adapters), self.conversation.id, draft, by=self._by))
         else:
             leave_chat()
 
@@ -147,19 +175,27 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
                 await self._show(Conversation.resume(self._history, resume))
             except EdgeftError as error:
                 self._failed(error)
-        if self._opened is None:
-            await self._open()
+        await self._open()
 
     async def _open(self) -> bool:
+        """Load the model unless it is loaded; whoever comes meanwhile waits. Whether it is."""
+        async with self._opening:
+            return bool(self._opened and self._process.alive) or await self._open_now()
+
+    async def _open_now(self) -> bool:
+        self._opened = None
         self._status(f"loading {Path(self.model).name} …")
         try:
-            self._opened = await self._process.open(self.model, *load_options(), self.adapters)
+            self._opened = await self._process.open(self.model, run_settings(), self.adapters)
         except EdgeftError as error:
             self._failed(error)
             return False
         if not self.conversation.runtime:
             self.conversation.runtime = self._opened.runtime
             self.conversation.system = self.conversation.system or self._opened.system
+        if self._opened.note:
+            self.notify(self._opened.note, severity="warning", timeout=15, markup=False)
+        self.refresh_bindings()
         self._status()
         return True
 
@@ -176,64 +212,83 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
             return
         self.query_one(Prompt).clear()
         self._retries = 0
-        if not self._keep(lambda: self.conversation.say(event.text)):
-            self.query_one(Prompt).load_text(event.text)
-            return
-        await self._add(Said("user", event.text, self.conversation.messages[-1].id))
+        self._keep(lambda: self.conversation.say(event.text))
+        self._store_again()
+        await self._view.add(Said("user", event.text))
         self._keep_place()
         self._begin()
 
     def _begin(self) -> None:
-        self.query_one("#talk", VerticalScroll).anchor()
+        self._view.anchor()
         self._answer = self._write_answer()
 
     @work(group="answer")
     async def _write_answer(self) -> None:
-        if not self._process.alive and not await self._open():
+        if not await self._open():
+            await self._give_back()
             return
-        conversation, said = self.conversation, Said("assistant", "", 0)
-        if not self._keep(conversation.begin_answer):
-            return
-        said.message = conversation.messages[-1].id
-        await self._add(said)
-        usage = None
+        conversation, said = self.conversation, Said("assistant", "")
         sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._retries)
+        self._keep(lambda: conversation.begin_answer(made_with(sampling, self.adapters)))
+        await self._view.add(said)
+        usage = None
         try:
-            events = self._process.generate(conversation.prompt()[:-1], sampling)
+            events = self._process.generate(conversation.prompt()[:-1], sampling, self._by)
             usage = await write_answer(events, said, conversation, self._keep, self._status)
         except EdgeftError as error:
             self._failed(error)
+            if not conversation.messages[-1].content:
+                await self._give_back()
         finally:
             self._usage, self._ended = usage, time.monotonic()
+            self._store_again()
             if usage is not None:
+                self._look_at_cloud()
                 self._status()
 
-    def _keep(self, store: Callable[[], object]) -> bool:
-        """Write to the history; when that fails the conversation goes on unstored, and says so."""
+    async def _give_back(self) -> None:
+        """Left in, a message that got no answer would stand before every later one: it goes back to be sent again."""
+        asked = [said for said in self.query(Said) if said.role == "user"][-1]
+        await self._take_back(asked)
+        prompt = self.query_one(Prompt)
+        prompt.load_text("\n".join(filter(None, (asked.text, prompt.text))))
+        prompt.move_cursor(prompt.document.end)
+        self._keep_place()
+
+    async def _take_back(self, said: Said) -> None:
+        """A message and all that came after it."""
+        for _ in range(await self._view.take_back(said)):
+            self._keep(lambda: self.conversation.withdraw(self.conversation.messages[-1].role))
+
+    def _look_at_cloud(self) -> None:
+        """Offline is a state one sees, not a failure: the device answers."""
+        route = (self.conversation.messages[-1].made or {}).get("route") or {}
+        if attempts := route.get("attempts"):
+            self._offline = attempts[-1] == "offline"
+
+    def _keep(self, store: Callable[[], object]) -> None:
+        """Write to the history; while that fails the conversation goes on unstored, and says so once."""
         try:
             store()
         except EdgeftError as error:
-            self._history = self.conversation.history = None
-            self.notify(
-                error.hint or "", title=f"Nothing more is stored: {error.message}", severity="error", timeout=30
-            )
-            return self._keep(store)
-        return True
+            self.conversation.history, self._lost = None, True
+            store()
+            self._store_again()
+            if self._lost:
+                hint = "It is tried again with every message; Ctrl+G writes the conversation elsewhere."
+                title = f"Nothing more is stored: {error.message}"
+                self.notify(hint, title=title, severity="error", timeout=30, markup=False)
 
-    async def _add(self, said: Said) -> None:
-        talk = self.query_one("#talk", VerticalScroll)
-        await talk.mount(said)
-        if len(talk.children) > PAGE + 20:
-            await talk.remove_children(list(talk.children)[: len(talk.children) - PAGE])
+    def _store_again(self) -> None:
+        if self._lost and (told := store_again(self.conversation)):
+            close_history(self._history)
+            self._history, self._lost = self.conversation.history, False
+            self.notify(told[1], title=told[0], severity="warning", timeout=15, markup=False)
 
     async def _show(self, conversation: Conversation) -> None:
         """Draw a stored conversation from its end."""
-        self.conversation, self._usage = conversation, None
-        talk = self.query_one("#talk", VerticalScroll)
-        await talk.remove_children()
-        last = conversation.messages[-PAGE:]
-        await talk.mount(*(Said(one.role, one.content, one.id, stopped=one.state != "done") for one in last))
-        talk.anchor()
+        self.conversation, self._usage = conversation, last_usage(conversation)
+        await self._view.show(conversation)
         self._status()
 
     # --- Keys -----------------------------------------------------------------
@@ -263,8 +318,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
     async def action_retry(self) -> None:
         await self._stopped()
         if self.conversation.messages and self.conversation.messages[-1].role == "assistant":
-            self._keep(lambda: self.conversation.withdraw("assistant"))
-            await self.query("#talk Said").last().remove()
+            await self._take_back(self.query(Said).last())
         if self.conversation.messages:
             self._retries += 1
             self._begin()
@@ -281,10 +335,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
 
     async def _edit(self, said: Said) -> None:
         await self._stopped()
-        shown = list(self.query(Said))
-        for one in reversed(shown[shown.index(said) :]):
-            self._keep(partial(self.conversation.withdraw, one.role))
-            await one.remove()
+        await self._take_back(said)
         self.query_one(Prompt).load_text(said.text)
         self.query_one(Prompt).focus()
 
@@ -294,7 +345,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
 
     @on(Said.Branch)
     async def _branch_message(self, event: Said.Branch) -> None:
-        await self._branch(event.said.message)
+        await self._branch(self.conversation.messages[self._view.position(event.said)].id)
 
     async def _branch(self, last: int) -> None:
         history, number = self.conversation.history, self.conversation.id
@@ -313,7 +364,7 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
     async def action_new(self) -> None:
         await self._stopped()
         old = self.conversation
-        await self._show(Conversation(old.model, old.runtime, old.system, self._history))
+        await self._show(Conversation(old.model, old.runtime, old.system, old.history))
 
     def action_conversations(self) -> None:
         if self._history is None:
@@ -335,9 +386,13 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
             self._failed(error)
             return
         await self._show(other)
+        made = next((one.made for one in reversed(other.messages) if one.made), {})
+        adapters = [(str(name), float(scale)) for name, scale in made.get("adapters", ()) if Path(name).is_file()]
         if other.model != lasting(self.model):
-            self.model, self._opened = other.model, None
+            self.model, self.adapters, self._opened = other.model, adapters, None
             await self._open()
+        elif adapters != self.adapters:
+            await self._adapt(adapters)
 
     def action_settings(self) -> None:
         state = State(self.conversation.system or "", self.sampling, tuple(self.adapters))
@@ -354,28 +409,92 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         if (state.system or None) != self.conversation.system:
             self._keep(lambda: self.conversation.change_system(state.system or None))
         if list(state.adapters) != self.adapters:
-            before, self.adapters = self.adapters, list(state.adapters)
-            try:
-                await self._process.set_adapters(self.adapters)
-            except EdgeftError as error:
-                self.adapters = before
-                self._failed(error)
+            await self._adapt(list(state.adapters))
         self._status()
 
-    def action_save(self) -> None:
-        number = self.conversation.id or 0
-        file = Path(f"conversation-{number}.md")
+    async def _adapt(self, adapters: list[tuple[str, float]]) -> None:
         try:
-            write_text(file, as_file(self.conversation, self.sampling, self._opened))
+            await self._process.set_adapters(adapters)
+        except EdgeftError as error:
+            self._failed(error)
+        else:
+            self.adapters = adapters
+
+    @property
+    def _here(self) -> Here:
+        return Here(self.model, self.conversation, self.adapters)
+
+    def action_actions(self) -> None:
+        found = chat_actions(self._here, bool(self._opened and self._opened.cascade))
+        names = {action: name for name, action in found.items()}
+
+        async def do(action: Action | None) -> None:
+            if action is not None:
+                await self.run_action(names[action])
+
+        self.app.push_screen(Choose("This conversation", list(names)), do)
+
+    def action_save(self) -> None:
+        number = self._here.number
+        line = lambda name: command_line(("history", "export", number, name))  # noqa: E731
+        title = "Write to: .md to read; .json with all parameters, .jsonl without, both to train on"
+        self.app.push_screen(Ask(title, f"conversation-{number}.md", line, _no_new_file), self._save)
+
+    def _save(self, name: str | None) -> None:
+        if name is None:
+            return
+        file = Path(name).expanduser()
+        try:
+            write_conversation(self.conversation, file)
         except EdgeftError as error:
             self._failed(error)
         else:
             self.notify(f"written: {file.absolute()}", markup=False)
 
+    def action_rename(self) -> None:
+        number, history = self.conversation.id, self.conversation.history
+        if number is None or history is None:
+            self.notify("nothing is stored yet", severity="warning")
+            return
+        line = lambda title: command_line(("history", "rename", str(number), title))  # noqa: E731
+        rename = lambda title: None if title is None else self._rename(title)  # noqa: E731
+        before = history.conversation(number).title or ""
+        self.app.push_screen(Ask("The name of this conversation", before, line, lambda _: ""), rename)
+
+    def _rename(self, title: str) -> None:
+        number, history = self.conversation.id, self.conversation.history
+        assert history is not None and number is not None
+        try:
+            history.rename(number, title)
+        except EdgeftError as error:
+            self._failed(error)
+        else:
+            self.notify(f"conversation {number}: {title or 'no title'}", markup=False)
+
+    def action_copy_answer(self) -> None:
+        if said := self._last_answer():
+            said.action_copy()
+
+    def action_copy_code(self) -> None:
+        found = [said for said in self.query(Said) if code_blocks(said.text)]
+        if found:
+            found[-1].action_copy_code()
+        else:
+            self.notify("no code block here", severity="warning")
+
+    def _last_answer(self) -> Said | None:
+        found = [said for said in self.query(Said) if said.role == "assistant"]
+        return found[-1] if found else None
+
     def action_copy_command(self) -> None:
-        more = [word for name, scale in self.adapters for word in ("--adapter", f"{name}={scale:g}")]
-        self.app.copy_to_clipboard(command_line(("chat", self.model, *more)))
+        self.app.copy_to_clipboard(command_line(self._here.resume))
         self.notify("copied")
+
+    def action_by(self) -> None:
+        """Of a cascade: whom the policy chooses, the device, or the cloud. Privacy rules hold all the same."""
+        names = list(BY)
+        self._by = names[(names.index(self._by) + 1) % len(names)]
+        self._status()
 
     # --- The line below -------------------------------------------------------
 
@@ -386,7 +505,15 @@ was said before, **Ctrl+T** changes the system prompt, sampling and adapters, **
         parts.append(Path(self.model).name)
         if opened:
             parts.append(opened.runtime)
+            parts[:0] = [BY[self._by]] if BY[self._by] else []
+            parts[:0] = ["offline: the device answers"] if self._offline else []
         if self.conversation.id:
             parts.append(f"conversation {self.conversation.id}")
         with contextlib.suppress(NoMatches):  # the screen is closing
             self.query_one("#status", Static).update(" · ".join(parts))
+
+
+def _no_new_file(name: str) -> str:
+    if not name.strip():
+        return "which file?"
+    return f"{name} exists: choose another name" if Path(name).expanduser().exists() else ""

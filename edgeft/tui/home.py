@@ -52,7 +52,7 @@ something new: training, an export, a data set. **/** filters by any word. **←
         yield Static(_welcome(), id="welcome", markup=False)
         yield Input(placeholder="filter", id="filter")
         yield Static("", id="next", classes="command", markup=False)
-        yield Footer(show_command_palette=False)
+        yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
         table = self._table

@@ -24,6 +24,12 @@ class Opened:
     context: int
     """Tokens."""
     system: str | None
+    note: str = ""
+    """What the user should know of it."""
+
+    @property
+    def cascade(self) -> bool:
+        return self.runtime == "cascade"
 
 
 class ModelProcess:
@@ -32,44 +38,52 @@ class ModelProcess:
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._answering = False
+        self._lock = asyncio.Lock()
+        """One request at a time: who asks while a model is loaded waits for it."""
 
     async def open(
         self,
         model: str,
-        runtime: str = "auto",
-        options: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any],
         adapters: Sequence[tuple[str, float]] = (),
     ) -> Opened:
-        """Load a model.
+        """Load a model or a cascade.
+
+        Args:
+            settings: `run.*`, by their short names.
 
         Raises:
             EdgeftError: with the message of what went wrong in the child.
         """
-        await self._start()
-        request = {"open": model, "runtime": runtime, "options": dict(options or {}), "adapters": list(adapters)}
-        event = await self._ask(request)
-        return Opened(event["runtime"], event["reason"], event["context"], event["system"])
+        event = await self._ask({"open": model, "settings": dict(settings), "adapters": list(adapters)})
+        return Opened(event["runtime"], event["reason"], event["context"], event["system"], event["note"])
 
     async def set_adapters(self, adapters: Sequence[tuple[str, float]]) -> None:
         """Raises: EdgeftError."""
         await self._ask({"adapters": list(adapters)})
 
-    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> AsyncIterator[Mapping[str, Any]]:
-        """Events "text" and, last, "end" with the usage.
+    async def generate(
+        self, messages: Sequence[Message], sampling: Sampling, by: str = "policy"
+    ) -> AsyncIterator[Mapping[str, Any]]:
+        """Events as `edgeft.model_worker` describes them; the last is "end".
+
+        Args:
+            by: who of a cascade is to answer: "policy", "device" or "cloud".
 
         Raises:
             EdgeftError: the model failed; its process may be gone.
         """
-        self._send({"generate": list(messages), "sampling": asdict(sampling)})
-        self._answering = True
-        try:
-            while True:
-                event = await self._event()
-                yield event
-                if event["event"] == "end":
-                    return
-        finally:
-            self._answering = False
+        async with self._lock:
+            self._send({"generate": list(messages), "sampling": asdict(sampling), "by": by})
+            self._answering = True
+            try:
+                while True:
+                    event = await self._event()
+                    yield event
+                    if event["event"] == "end":
+                        return
+            finally:
+                self._answering = False
 
     def cancel(self) -> None:
         """End the answer that is being written; it ends with usage that says "cancel"."""
@@ -109,8 +123,10 @@ class ModelProcess:
         )
 
     async def _ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        self._send(request)
-        return await self._event()
+        async with self._lock:
+            await self._start()
+            self._send(request)
+            return await self._event()
 
     def _send(self, request: Mapping[str, Any]) -> None:
         if not self.alive:

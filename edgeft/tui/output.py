@@ -57,7 +57,7 @@ class OutputScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         yield Static(f"$ {command_line(self.command)}", classes="command", markup=False)
         yield TextArea("…", read_only=True, soft_wrap=False, id="output")
-        yield Footer(show_command_palette=False)
+        yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
         self.query_one(TextArea).focus()

@@ -27,6 +27,8 @@ class ChatPlace:
     """The model beside it, if there is one."""
     other: int | None = None
     """That model's conversation."""
+    by: str = "policy"
+    """Who of a cascade is to answer."""
 
 
 def remembered() -> Mapping[str, Any]:
@@ -67,6 +69,7 @@ def last_chat() -> ChatPlace | None:
             str(found["draft"]),
             str(found.get("against", "")),
             _number(found.get("other")),
+            str(found.get("by", "policy")),
         )
     except (AssertionError, KeyError, TypeError, ValueError):
         return None

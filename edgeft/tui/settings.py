@@ -14,9 +14,9 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Label, TextArea
 
 from edgeft import config
-from edgeft.chat import Sampling
+from edgeft.chat import SAMPLING, Sampling
 
-FIELDS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "max_tokens")
+FIELDS = tuple(name.replace("-", "_") for name in SAMPLING)
 
 
 @dataclass(frozen=True)

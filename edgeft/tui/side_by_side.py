@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import ClassVar
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Container, Vertical, VerticalScroll
+from textual.containers import Container, Vertical
 from textual.css.query import NoMatches
 from textual.screen import Screen
 from textual.timer import Timer
@@ -19,11 +20,23 @@ from textual.widgets import Footer, Label, Static, TextArea
 from textual.worker import Worker, WorkerCancelled
 
 from edgeft.chat import Usage
+from edgeft.conversation_file import made_with
 from edgeft.errors import EdgeftError
 from edgeft.history import Conversation, History
 from edgeft.tui.actions import command_line
-from edgeft.tui.answer import PAGE, figures, lasting, load_options, open_history, sampling_of_config, write_answer
+from edgeft.tui.answer import (
+    close_history,
+    figures,
+    last_usage,
+    lasting,
+    open_history,
+    run_settings,
+    sampling_of_config,
+    store_again,
+    write_answer,
+)
 from edgeft.tui.chat import DRAFT_S, TOO_LATE_S, ChatScreen
+from edgeft.tui.conversation_view import ConversationView
 from edgeft.tui.model import ModelProcess, Opened
 from edgeft.tui.place import ChatPlace, keep_chat, leave_chat
 from edgeft.tui.talk import Prompt, Said
@@ -47,26 +60,30 @@ class Side(Vertical):
         self.conversation = Conversation(lasting(model), "", None, history)
         self.ended = 0.0
         """When the last answer ended, by the monotonic clock."""
+        self._history, self._lost = history, False
         self._resume = resume
         self._usage: Usage | None = None
+        self._opening = asyncio.Lock()
         self._answer: Worker[None] | None = None
 
     def compose(self) -> ComposeResult:
         with_adapters = "".join(f" + {Path(name).name}" for name, _ in self.adapters)
         yield Label(f"{self.number}  {Path(self.model).name}{with_adapters}", classes="which", markup=False)
-        yield VerticalScroll(classes="talk")
+        yield ConversationView(classes="talk")
         yield Static("", classes="status", markup=False)
 
     def on_mount(self) -> None:
-        self._talk.anchor()
+        self._view.conversation = self.conversation
         self._load()
 
     async def on_unmount(self) -> None:
         await self.process.close()
+        if self._lost or self.conversation.history is not self._history:
+            close_history(self.conversation.history)
 
     @property
-    def _talk(self) -> VerticalScroll:
-        return self.query_one(".talk", VerticalScroll)
+    def _view(self) -> ConversationView:
+        return self.query_one(ConversationView)
 
     @property
     def answering(self) -> bool:
@@ -75,10 +92,11 @@ class Side(Vertical):
     async def say(self, text: str) -> None:
         """Store and draw what the user says; `answer` is next."""
         self._keep(lambda: self.conversation.say(text))
-        await self._add(Said("user", text, self.conversation.messages[-1].id))
+        self._store_again()
+        await self._view.add(Said("user", text))
 
     def answer(self) -> None:
-        self._talk.anchor()
+        self._view.anchor()
         self._answer = self._write_answer()
 
     async def stopped(self) -> None:
@@ -107,14 +125,20 @@ class Side(Vertical):
                 self.conversation = Conversation.resume(history, self._resume)
             except EdgeftError as error:
                 self._failed(error)
-            last = self.conversation.messages[-PAGE:]
-            await self._talk.mount(*(Said(one.role, one.content, one.id, stopped=one.state != "done") for one in last))
+            self._usage = last_usage(self.conversation)
+            await self._view.show(self.conversation)
         await self._open()
 
     async def _open(self) -> bool:
+        """Load the model unless it is loaded; whoever comes meanwhile waits. Whether it is."""
+        async with self._opening:
+            return bool(self.opened and self.process.alive) or await self._open_now()
+
+    async def _open_now(self) -> bool:
+        self.opened = None
         self._status("loading …")
         try:
-            self.opened = await self.process.open(self.model, *load_options(), self.adapters)
+            self.opened = await self.process.open(self.model, run_settings(), self.adapters)
         except EdgeftError as error:
             self._failed(error)
             return False
@@ -125,36 +149,39 @@ class Side(Vertical):
 
     @work(group="answer")
     async def _write_answer(self) -> None:
-        if (self.opened is None or not self.process.alive) and not await self._open():
+        if not await self._open():
             return
-        self._keep(self.conversation.begin_answer)
-        said = Said("assistant", "", self.conversation.messages[-1].id)
-        await self._add(said)
+        sampling, said = sampling_of_config(), Said("assistant", "")
+        self._keep(lambda: self.conversation.begin_answer(made_with(sampling, self.adapters)))
+        await self._view.add(said)
         self._usage = None
         try:
-            events = self.process.generate(self.conversation.prompt()[:-1], sampling_of_config())
+            events = self.process.generate(self.conversation.prompt()[:-1], sampling)
             self._usage = await write_answer(events, said, self.conversation, self._keep, self._status)
             self._status()
         except EdgeftError as error:
             self._failed(error)
         finally:
             self.ended = time.monotonic()
+            self._store_again()
 
-    async def _add(self, said: Said) -> None:
-        await self._talk.mount(said)
-        if len(self._talk.children) > PAGE + 20:
-            await self._talk.remove_children(list(self._talk.children)[:-PAGE])
-
-    def _keep(self, store: Callable[[], object]) -> bool:
-        """Write to the history; when that fails this side goes on unstored, and says so."""
+    def _keep(self, store: Callable[[], object]) -> None:
+        """Write to the history; while that fails this side goes on unstored, and says so once."""
         try:
             store()
         except EdgeftError as error:
-            self.conversation.history = None
-            title = f"{self.number}: nothing more is stored: {error.message}"
-            self.notify(error.hint or "", title=title, severity="error", timeout=30, markup=False)
-            return self._keep(store)
-        return True
+            self.conversation.history, self._lost = None, True
+            store()
+            self._store_again()
+            if self._lost:
+                title = f"{self.number}: nothing more is stored: {error.message}"
+                hint = "It is tried again with every message."
+                self.notify(hint, title=title, severity="error", timeout=30, markup=False)
+
+    def _store_again(self) -> None:
+        if self._lost and (told := store_again(self.conversation)):
+            self._lost = False
+            self.notify(told[1], title=f"{self.number}: {told[0]}", severity="warning", timeout=15, markup=False)
 
     def _failed(self, error: EdgeftError) -> None:
         self._status("failed" if self.opened else "not loaded")
@@ -197,7 +224,7 @@ alone."""
             yield Side(1, at.model, at.adapters, self._history, at.conversation)
             yield Side(2, at.against, (), self._history, at.other)
         yield Prompt(id="prompt")
-        yield Footer(show_command_palette=False)
+        yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
         prompt = self.query_one(Prompt)

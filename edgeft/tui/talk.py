@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import re
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical
+from textual.containers import Vertical, VerticalScroll
 from textual.css.query import NoMatches
 from textual.message import Message
-from textual.widgets import Label, Markdown, TextArea
-from textual.widgets.markdown import MarkdownStream
+from textual.widgets import Label, Markdown, Static, TextArea
 
-from edgeft.chat import Sampling
-from edgeft.history import Conversation
-from edgeft.tui.model import Opened
+from edgeft.conversation_file import code_blocks, said_of
+from edgeft.history import StoredMessage
 
 PIECE = 4_000
 """Characters of a Markdown widget about: with every word that comes, a widget is laid out anew as a whole."""
 _FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
-_CODE = re.compile(r"```[^\n]*\n(.*?)```", re.DOTALL)
 
 
 class Prompt(TextArea):
@@ -30,7 +28,11 @@ class Prompt(TextArea):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("shift+enter,alt+enter,ctrl+j", "newline", "New line", show=False),
+        Binding("pageup", "page(-1)", "Scroll up", show=False),
+        Binding("pagedown", "page(1)", "Scroll down", show=False),
     ]
+    HELP = """**Enter** sends, **Shift+Enter**, **Alt+Enter** or **Ctrl+J** begins a new line; a paste is one message.
+"""
 
     class Sent(Message):
         def __init__(self, text: str) -> None:
@@ -54,9 +56,17 @@ class Prompt(TextArea):
     def action_newline(self) -> None:
         self.insert("\n")
 
+    def action_page(self, pages: int) -> None:
+        """Of what was said: while one types, that is what one looks something up in."""
+        for view in self.screen.query(VerticalScroll):
+            view.scroll_relative(y=pages * max(1, view.size.height - 1), animate=False)
+
 
 class Said(Vertical, can_focus=True):
     """One message. The first word says who wrote it, so that colour need not."""
+
+    HELP = """A message. **c** copies all of it, **k** its last code block and, pressed again, the one before; **e**
+takes it back to be changed and sent again, **b** goes on from it in a copy. **↑** and **↓** go to its neighbours."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "copy", "Copy"),
@@ -77,36 +87,54 @@ class Said(Vertical, can_focus=True):
             super().__init__()
             self.said = said
 
-    def __init__(self, role: str, text: str, message: int, *, stopped: bool = False) -> None:
+    def __init__(self, role: str, text: str, *, stopped: bool = False, route: Mapping[str, Any] | None = None) -> None:
+        """
+        Args:
+            route: of a cascade's answer: who wrote it, why, and what it cost.
+        """
         super().__init__(classes=role)
-        self.role, self.text, self.message = role, text, message
-        self._stopped = stopped
-        self._pieces = pieces(text)
-        self._stream: MarkdownStream | None = None
+        self.role, self.text = role, text
+        self._stopped, self._route = stopped, route
+        self._copied = 0
+        """Code blocks of it that were copied one after another."""
+        self._pieces = pieces(text) if role != "user" else []
 
     def compose(self) -> ComposeResult:
-        yield Label(self._title(), classes="who")
+        yield Label(self._title(), classes="who", markup=False)
+        if self.role == "user":  # as it was typed
+            yield Static(self.text, markup=False)
+            return
         for piece in self._pieces:
             yield Markdown(piece, open_links=False)
 
+    @classmethod
+    def of(cls, one: StoredMessage) -> Said:
+        """A message of the history."""
+        route = (one.made or {}).get("route")
+        return cls(one.role, one.content, stopped=one.state != "done", route=route)
+
     def _title(self) -> str:
-        return ("you" if self.role == "user" else self.role) + (" (stopped)" if self._stopped else "")
+        who = "you" if self.role == "user" else said_of(self._route) if self._route else self.role
+        return who + (" (stopped)" if self._stopped else "")
+
+    def written_by(self, route: Mapping[str, Any]) -> None:
+        """Of a cascade's answer: "author" and "reason", and at the end all of `edgeft.model_worker.route_of`."""
+        self._route = route
+        with contextlib.suppress(NoMatches):  # the screen is closing
+            self.query_one(Label).update(self._title())
 
     async def grow(self, text: str) -> None:
-        """Add what came; the widget draws as often as it can."""
+        """Add what came; done when it is laid out, so that who waits draws no more than the screen can."""
         self.text += text
         *whole, self._pieces[-1] = pieces(self._pieces[-1] + text)
         with contextlib.suppress(NoMatches):  # the screen is closing
             if whole:
                 await self._next_pieces(whole)
                 return
-            if self._stream is None:
-                self._stream = Markdown.get_stream(self._last)
-            await self._stream.write(text)
+            await self._last.append(text)
 
     async def end(self, text: str, *, stopped: bool) -> None:
-        """The last piece is drawn once more: a stream can leave a code block blank."""
-        await self._stop_stream()
+        """The last piece is drawn once more: growing can leave a code block blank."""
         self.text, self._stopped = text, stopped
         with contextlib.suppress(NoMatches):
             self.query_one(Label).update(self._title())
@@ -114,15 +142,9 @@ class Said(Vertical, can_focus=True):
 
     async def _next_pieces(self, whole: list[str]) -> None:
         """The last widget's piece is complete; others follow it."""
-        await self._stop_stream()
         self._pieces[-1:] = [*whole, self._pieces[-1]]
         await self._last.update(whole[0])
         await self.mount(*(Markdown(piece, open_links=False) for piece in [*whole[1:], self._pieces[-1]]))
-
-    async def _stop_stream(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            await stream.stop()
 
     @property
     def _last(self) -> Markdown:
@@ -133,9 +155,12 @@ class Said(Vertical, can_focus=True):
         self.notify("message copied")
 
     def action_copy_code(self) -> None:
-        if found := _CODE.search(self.text):
-            self.app.copy_to_clipboard(found.group(1))
-            self.notify("code copied")
+        """One block after another, the last first: an answer ends with what it was asked for."""
+        if found := code_blocks(self.text):
+            self.app.copy_to_clipboard(found[-1 - self._copied % len(found)])
+            which = f"code block {len(found) - self._copied % len(found)} of {len(found)}"
+            self._copied += 1
+            self.notify(f"{which} copied" + ("; again for the one before" if len(found) > 1 else ""))
         else:
             self.notify("no code block here", severity="warning")
 
@@ -158,18 +183,3 @@ def pieces(text: str) -> list[str]:
         found.append(text[begin:cut])
         begin = cut + 2
     return [*found, text[begin:]]
-
-
-def as_file(conversation: Conversation, sampling: Sampling, opened: Opened | None) -> str:
-    """Markdown with what one needs to know to repeat it."""
-    head = {
-        "model": conversation.model,
-        "runtime": conversation.runtime,
-        "context": str(opened.context) if opened else "",
-        "sampling": f"temperature {sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
-        f"min-p {sampling.min_p:g}, seed {sampling.seed}, at most {sampling.max_tokens} tokens",
-        "system": conversation.system or "",
-    }
-    lines = [f"* {name}: {value}" for name, value in head.items() if value]
-    said = [f"## {one.role}, {one.created}\n\n{one.content}\n" for one in conversation.messages]
-    return "\n".join([*lines, "", *said])
