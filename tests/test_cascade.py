@@ -186,6 +186,14 @@ def test_neither_device_nor_cloud_is_a_stated_refusal(tmp_path: Path) -> None:
         assert cascade.audit.records()[0]["finish"] == "refused"
 
 
+def test_the_log_has_an_answers_features_but_not_which_words_were_asked(tmp_path: Path) -> None:
+    with opened(tmp_path, closed_port(), 'kind = "quantile"\nthreshold = 9.0') as cascade:
+        ask(cascade, "hello there")
+        logged = cascade.audit.records()[0]["features"]
+    assert logged["prompt_log_words"] == pytest.approx(1.0986, abs=1e-4)
+    assert not any(name.startswith("ngram") for name in logged)
+
+
 def test_a_reader_who_leaves_ends_the_request(tmp_path: Path) -> None:
     with faulty_cloud("slow-tokens", slow_s=0.1) as cloud, opened(tmp_path, cloud.url) as cascade:
         cancel = Cancel()

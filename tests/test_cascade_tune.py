@@ -235,6 +235,20 @@ def test_a_cloud_that_goes_away_while_tuning_loses_nothing(folder: Path) -> None
     assert read_settings(Path(path)).policy.kind == "learned"
 
 
+def test_the_model_is_read_once_however_many_questions_there_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import edgeft.cascade.engine as engine
+
+    real, read = engine.digest_of, []
+    monkeypatch.setattr(engine, "digest_of", lambda path: read.append(path) or real(path))
+    with faulty_cloud("good") as cloud:
+        path = settings_for(folder, cloud)
+        data = str(folder / "data.jsonl")
+        assert main(["cascade", "tune", path, "--data", data, "--max-tokens", "8", "--max-cost", "1"]) == 0
+    assert len(read) == 1
+
+
 # --- A judge ------------------------------------------------------------------------------
 
 

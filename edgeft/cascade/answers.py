@@ -164,7 +164,7 @@ class Collector:
         return None if grade is None else grade >= PASSES
 
     def _local_key(self, messages: Sequence[Message]) -> str:
-        return _key("local", self.cascade.artifact_digest(), self.max_tokens, messages)
+        return _key("local", self.cascade.artifact_digest, self.max_tokens, messages)
 
     def _local(self, messages: Sequence[Message]) -> dict[str, Any]:
         key = self._local_key(messages)

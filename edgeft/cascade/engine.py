@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import threading
@@ -83,15 +84,16 @@ class Cascade:
         calibration: Calibration | None = None
         if policy.calibration:
             calibration = read_calibration(self.settings.beside(policy.calibration))
-            self.stale = calibration.stale(self.artifact_digest(), policy.judge_tokens)
+            self.stale = calibration.stale(self.artifact_digest, policy.judge_tokens)
             if not self.stale and calibration.policy != policy.kind:
                 self.stale = f"it is for the policy {calibration.policy}, not {policy.kind}"
         if self.stale:
             return make_policy(PolicySettings(kind="on-error"), None), 0.0
         return make_policy(policy, calibration), calibration.threshold if calibration else policy.threshold
 
+    @functools.cached_property
     def artifact_digest(self) -> str:
-        """Hex SHA-256 of the local model; of model and adapters where there are some."""
+        """Hex SHA-256 of the local model; of model and adapters where there are some. Read once: files are large."""
         digests = [digest_of(each.path) + f"*{each.scale}" for each in self.opened.adapters]
         path = self.opened.artifact.path
         own = digest_of(path) if path.exists() else hashlib.sha256(str(path).encode()).hexdigest()
