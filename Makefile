@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install dev test test-slow test-reference test-deploy test-arm64 lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean bench-forecast bench-serve bench-cascade soak test-clients soak-cascade
+.PHONY: help demo install dev test test-slow test-reference test-deploy test-arm64 lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean bench-forecast bench-serve bench-cascade bench-mobile soak test-clients soak-cascade
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ bench-serve: dev ## what the server adds to the bare runtime
 
 bench-cascade: dev ## a real cascade on three tasks: trains two models, asks both; resumable
 	$(BIN)/python benchmarks/cascade.py --work .cache/cascade
+
+bench-mobile: dev ## files for phones, target by target (needs the toolchain litert)
+	$(BIN)/python benchmarks/mobile.py smollm2-135m --data smart-home --work .cache/mobile
 
 soak: dev ## 64 streams for five minutes, some left half read: memory, and no text in the wrong hands
 	$(BIN)/python benchmarks/soak.py

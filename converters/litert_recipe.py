@@ -39,12 +39,14 @@ class Recipe:
     """Tokens of prompt and answer. Every token attends to all of them, seen or not: it costs time, not only memory."""
 
 
+_Q8 = Recipe(
+    "LiteRT-LM file, 8 bits per row, inputs rotated: nearer to the model.", 8, 8.3, rotation=512, exact_head=True
+)
+
 RECIPES: Mapping[str, Recipe] = {
-    "litert": Recipe("The same as litert-int8.", 8, 8.3),
+    "litert": replace(_Q8, description="The same as litert-q8."),
     "litert-int8": Recipe("LiteRT-LM file, 8 bits per row.", 8, 8.3),
-    "litert-q8": Recipe(
-        "LiteRT-LM file, 8 bits per row, inputs rotated: nearer to the model.", 8, 8.3, rotation=512, exact_head=True
-    ),
+    "litert-q8": _Q8,
     "litert-q4": Recipe("LiteRT-LM file, 4 bits in blocks of 32, embedding and head 8.", 4, 5.3, 32, "OCTAV"),
     "litert-fp32": Recipe("LiteRT-LM file, not quantized, float32.", 32, 32.0),
 }
@@ -81,7 +83,7 @@ def make_plan(source: Source, target: str, options: ConvertOptions) -> Plan:
     size = sum(tensor.bytes for tensor in tensors)
     beside = layers * _LAYER_BYTES + sum(4 * width**2 for width in _rotations(tensors, recipe))
     return Plan(
-        target="litert-int8" if target == "litert" else target,
+        target="litert-q8" if target == "litert" else target,
         source=source,
         options=options,
         tensors=tensors,

@@ -85,6 +85,8 @@ def test_a_plan_counts_the_scales_of_every_row_and_both_signatures(tmp_path: Pat
     inputs = {tensor.shape[1] for tensor in plans["litert-q8"].tensors if "layers" in tensor.name and tensor.shape[1:]}
     matrices = sum(4 * min(width & -width, 512) ** 2 for width in inputs)
     assert plans["litert-q8"].bytes - plans["litert-int8"].bytes == matrices > 0
+    usual = converter.plan(Source(tmp_path / "base"), "litert", options)
+    assert (usual.target, usual.bytes) == ("litert-q8", plans["litert-q8"].bytes)
 
 
 @pytest.mark.parametrize("words", ["block=64", "algorithm=octav"])
