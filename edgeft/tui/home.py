@@ -149,7 +149,7 @@ something new: training, an export, a data set. **/** filters by any word. **←
     def action_filter(self) -> None:
         field = self.query_one("#filter", Input)
         field.display = True
-        self.set_focus(field)  # at once: what is typed after the key must not be taken for keys
+        field.focus()
 
     def action_clear(self) -> None:
         field = self.query_one("#filter", Input)
