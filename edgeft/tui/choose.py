@@ -34,8 +34,9 @@ what has the words that one types; **Esc** shows all again, or goes back."""
         self._shown = list(actions)
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes="dialog"):
-            yield Label(f"{self._title}   [Enter] does it  [c] copies the command  [/] filters", markup=False)
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_subtitle = "Enter: do it · c: copy its command · /: filter"
+            yield Label(self._title, markup=False)
             yield Input(placeholder="filter", id="filter")
             yield OptionList(*map(_option, self._actions))
 
@@ -44,8 +45,9 @@ what has the words that one types; **Esc** shows all again, or goes back."""
         self.query_one(OptionList).focus()
 
     def action_filter(self) -> None:
-        self.query_one(Input).display = True
-        self.query_one(Input).focus()
+        field = self.query_one(Input)
+        field.display = True
+        self.set_focus(field)
 
     def action_back(self) -> None:
         field = self.query_one(Input)

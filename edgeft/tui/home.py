@@ -149,7 +149,7 @@ something new: training, an export, a data set. **/** filters by any word. **←
     def action_filter(self) -> None:
         field = self.query_one("#filter", Input)
         field.display = True
-        field.focus()
+        self.set_focus(field)  # at once: who types on does not mean the keys of the table
 
     def action_clear(self) -> None:
         field = self.query_one("#filter", Input)
