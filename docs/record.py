@@ -50,7 +50,7 @@ def narrow(model: str) -> list[Step]:
         Step(("Enter",), "first token", 4.0, follow=True),
         Step(("F4",), "This conversation", 3.0),
         Step(("Escape",), "first token", 0.5),
-        Step(("C-o",), "messages", 0.7),
+        Step(("C-o",), "2 messages", 0.7),
         Step("adds", "«adds»", 2.5),
         Step(("Escape",), "first token", 0.5),
         Step(("C-t",), "system prompt", 2.5),

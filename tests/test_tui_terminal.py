@@ -178,10 +178,13 @@ def test_a_history_that_is_damaged_meanwhile_is_said_and_all_is_stored_again(fol
 
 
 def test_a_job_that_is_killed_is_told_on_its_screen(folder: Path) -> None:
-    job = jobs.start(("run", str(folder / "slow.echo.json"), "hello"))
+    long = ("--max-tokens", "30000", "--context", "40000")
+    job = jobs.start(("run", str(folder / "slow.echo.json"), "hello", *long))
     with Terminal([EDGEFT, "tui"], folder) as terminal:
         terminal.wait_for(job.id)
-        terminal.send(f"/{job.id}\r\r")
+        terminal.send(f"/{job.id}\r")
+        terminal.wait_for(f"edgeft jobs watch {job.id}")
+        terminal.send("\r")
         terminal.wait_for("running, in")
         state = read_state(jobs.find_job(job.id))
         for name in ("supervisor", "command"):

@@ -22,7 +22,7 @@ class Choose(ModalScreen[Action | None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "back", "Back"),
-        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding("slash", "filter", "Filter", key_display="/", priority=True),
         Binding("c", "copy", "Copy command"),
     ]
     HELP = """Choose with the arrow keys and **Enter**; **c** copies the command instead of doing it. **/** shows only
@@ -43,6 +43,9 @@ what has the words that one types; **Esc** shows all again, or goes back."""
     def on_mount(self) -> None:
         self.query_one(Input).display = False
         self.query_one(OptionList).focus()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return action != "filter" or not isinstance(self.focused, Input)
 
     def action_filter(self) -> None:
         field = self.query_one(Input)

@@ -27,7 +27,7 @@ class HomeScreen(Screen[None]):
         Binding("enter", "next", "Next step", priority=False),
         Binding("a", "actions", "Actions"),
         Binding("n", "new", "New"),
-        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding("slash", "filter", "Filter", key_display="/", priority=True),
         Binding("c", "copy", "Copy command"),
         Binding("r", "refresh", "Refresh"),
         Binding("left", "tab(-1)", show=False),
@@ -146,10 +146,13 @@ something new: training, an export, a data set. **/** filters by any word. **←
         names = (ALL, *KINDS)
         tabs.active = names[(names.index(tabs.active or ALL) + step) % len(names)]
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return action != "filter" or not isinstance(self.focused, Input)
+
     def action_filter(self) -> None:
         field = self.query_one("#filter", Input)
         field.display = True
-        self.set_focus(field)  # at once: who types on does not mean the keys of the table
+        self.set_focus(field)  # at once, and by a key that the table never sees: who types on means the filter
 
     def action_clear(self) -> None:
         field = self.query_one("#filter", Input)
