@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install dev test test-slow test-reference test-deploy test-arm64 lint types check docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean bench-forecast bench-serve bench-cascade bench-mobile soak test-clients soak-cascade
+.PHONY: help demo install dev test test-slow test-reference test-deploy test-arm64 lint types check record docs bench-export bench-memory bench-train bench-runtime bench-fit bench-ledger parity kill clean bench-forecast bench-serve bench-cascade bench-mobile soak test-clients soak-cascade
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ types: dev ## static types
 	$(BIN)/mypy edgeft converters runtimes devices
 
 check: lint types test ## everything a change must pass
+
+record: dev ## record the sessions in docs/images (needs tmux)
+	$(BIN)/python docs/record.py
 
 docs: dev ## write the generated pages again
 	$(BIN)/python docs/generate.py

@@ -150,7 +150,12 @@ def test_a_later_version_adds_to_what_is_there(path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(module, "_MIGRATIONS", module._MIGRATIONS[:1])
         with History(path) as old:
-            talk(old, "kept")
+            old.begin("m.gguf", "echo", None)
+    with sqlite3.connect(path) as database:
+        for role, text in (("user", "kept"), ("assistant", "kept too")):
+            values = (1, "2026-01-01T00:00:00+00:00", role, text, "done")
+            columns = "conversation, created, role, content, state"
+            database.execute(f"INSERT INTO messages ({columns}) VALUES (?, ?, ?, ?, ?)", values)
     for _ in range(2):
         with History(path) as new:
             assert new.conversation(1).messages[0].content == "kept"
@@ -226,7 +231,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_message(tmp_path: Path) -> No
 def test_an_unknown_number_names_the_way_to_find_one(history: History) -> None:
     with pytest.raises(UsageError, match="no conversation 7") as caught:
         history.conversation(7)
-    assert "--list" in (caught.value.hint or "")
+    assert "history list" in (caught.value.hint or "")
 
 
 WRITER = """

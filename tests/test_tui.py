@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import DataTable, Input, Markdown, Static, TextArea
+from textual.widgets import DataTable, Input, Markdown, Static, Tabs, TextArea
 
 from edgeft import jobs
 from edgeft.cli.main import VERBS, cli
@@ -143,6 +143,29 @@ def test_home_shows_what_is_here_and_does_the_next_step(folder: Path) -> None:
         await until(pilot, lambda: len(home._shown) > 1 and app.screen is home)
 
     drive(steps)
+
+
+def test_the_next_start_begins_where_one_was(folder: Path) -> None:
+    for name in ("a.gguf", "b.gguf", "c.gguf"):
+        (folder / name).write_bytes(b"GGUF")
+
+    async def leave(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        home = app.screen
+        assert isinstance(home, HomeScreen)
+        while home.query_one(Tabs).active != "artifact":
+            await pilot.press("right")
+            await pilot.pause()
+        await until(pilot, lambda: len(home._shown) == 3)
+        await pilot.press("down", "ctrl+q")
+
+    async def back(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        home = app.screen
+        assert isinstance(home, HomeScreen)
+        await until(pilot, lambda: len(home._shown) == 3)
+        await until(pilot, lambda: home.selected is not None and home.selected.name == "b.gguf")
+
+    drive(leave)
+    drive(back)
 
 
 def test_an_empty_home_says_how_to_begin(folder: Path) -> None:

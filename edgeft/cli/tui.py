@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".")
 @click.option("--plain", is_flag=True, help="No animation, no decoration; also by ACCESSIBLE=1.")
-def tui(folder: Path, plain: bool) -> int:
+@click.option("--no-animation", is_flag=True, help="Nothing moves; also by TEXTUAL_ANIMATIONS=none.")
+def tui(folder: Path, plain: bool, no_animation: bool) -> int:
     """Models, training, export, chat, devices and jobs on one screen. ? is help, Ctrl+P the command palette.
 
     FOLDER is where runs and files are looked for. Every action shows its command line; long work runs as jobs
     (`edgeft jobs`), which go on when the screen closes.
     """
+    if no_animation:
+        os.environ["TEXTUAL_ANIMATIONS"] = "none"  # Textual reads it when it is imported
     return show(folder, plain)
 
 

@@ -14,6 +14,7 @@ from edgeft.chat import Sampling, Usage
 from edgeft.errors import EdgeftError
 from edgeft.history import Conversation, History, open_or_begin_anew
 from edgeft.paths import history_file
+from edgeft.tui.conversation_view import ConversationView
 from edgeft.tui.model import Opened
 from edgeft.tui.talk import Said
 
@@ -52,6 +53,8 @@ async def write_answer(
                 if (now := time.monotonic()) - last < pause:
                     continue
                 await said.grow(text[drawn:])
+                if isinstance(said.parent, ConversationView):
+                    await said.parent.rest(said)
                 keep(partial(conversation.grow_answer, text))
                 tell(f"{len(text)} characters, {now - began:.0f} s")
                 drawn, last = len(text), time.monotonic()

@@ -77,7 +77,7 @@ class EdgeftApp(App[None]):
 
     def _cut_off(self) -> None:
         """The terminal is gone, or somebody ends the process: what was typed and received is kept."""
-        self._keep_conversations()
+        self._keep_places()
         self.exit(return_code=129)
 
     def copy_to_clipboard(self, text: str) -> None:
@@ -93,17 +93,19 @@ class EdgeftApp(App[None]):
             subprocess.run(command, input=text.encode(), capture_output=True, timeout=5, check=False)
 
     async def action_quit(self) -> None:
-        """What was typed in the last half second is kept too."""
-        self._keep_conversations()
+        """What was typed in the last half second is kept too, and where one was."""
+        self._keep_places()
         await super().action_quit()
 
-    def _keep_conversations(self) -> None:
+    def _keep_places(self) -> None:
         from edgeft.tui.chat import ChatScreen
         from edgeft.tui.side_by_side import SideBySideScreen
 
         for screen in self.screen_stack:
             if isinstance(screen, (ChatScreen, SideBySideScreen)):
                 screen.cut_off()
+            elif isinstance(screen, HomeScreen):
+                screen.keep_place()
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         yield from super().get_system_commands(screen)

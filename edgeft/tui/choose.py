@@ -22,7 +22,7 @@ class Choose(ModalScreen[Action | None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "back", "Back"),
-        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding("slash", "filter", "Filter", key_display="/", priority=True),
         Binding("c", "copy", "Copy command"),
     ]
     HELP = """Choose with the arrow keys and **Enter**; **c** copies the command instead of doing it. **/** shows only
@@ -34,8 +34,9 @@ what has the words that one types; **Esc** shows all again, or goes back."""
         self._shown = list(actions)
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes="dialog"):
-            yield Label(f"{self._title}   [Enter] does it  [c] copies the command  [/] filters", markup=False)
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_subtitle = "Enter: do it · c: copy its command · /: filter"
+            yield Label(self._title, markup=False)
             yield Input(placeholder="filter", id="filter")
             yield OptionList(*map(_option, self._actions))
 
@@ -43,9 +44,13 @@ what has the words that one types; **Esc** shows all again, or goes back."""
         self.query_one(Input).display = False
         self.query_one(OptionList).focus()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return action != "filter" or not isinstance(self.focused, Input)
+
     def action_filter(self) -> None:
-        self.query_one(Input).display = True
-        self.query_one(Input).focus()
+        field = self.query_one(Input)
+        field.display = True
+        self.set_focus(field)
 
     def action_back(self) -> None:
         field = self.query_one(Input)

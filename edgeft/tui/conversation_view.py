@@ -10,7 +10,7 @@ from textual.containers import VerticalScroll
 from textual.css.query import NoMatches
 
 from edgeft.history import Conversation, StoredMessage
-from edgeft.tui.talk import Said
+from edgeft.tui.talk import Piece, Said
 
 PAGE = 40
 """Messages that are drawn at first."""
@@ -71,12 +71,32 @@ class ConversationView(VerticalScroll):
 
     def watch_scroll_y(self, old: float, new: float) -> None:
         super().watch_scroll_y(old, new)
-        if self._turning or not self.is_mounted:
+        if not self.is_mounted:
+            return
+        if new < self.max_scroll_y - 1:
+            self.call_after_refresh(self._wake)
+        if self._turning:
             return
         if new < old and new <= 1 and self._first > 0:
             self._turn(before=True)
         elif new > old and new >= self.max_scroll_y - 1 and self._first + len(self.children) < len(self._messages):
             self._turn(before=False)
+
+    def on_resize(self) -> None:
+        self.call_after_refresh(self._wake)
+
+    @work(exclusive=True, group="wake")
+    async def _wake(self) -> None:
+        """Draw what is near where one looks."""
+        seen = self.region.grow((self.size.height, 0, self.size.height, 0))
+        for piece in self.query(Piece):
+            if piece.asleep and piece.region.overlaps(seen):
+                await piece.wake()
+
+    async def rest(self, said: Said) -> None:
+        """What has gone far up while an answer grows needs no widgets, unless one looks there."""
+        if self.is_vertical_scroll_end:
+            await said.rest(2 * self.size.height)
 
     @work(exclusive=True, group="page")
     async def _turn(self, *, before: bool) -> None:

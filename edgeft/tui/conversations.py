@@ -58,12 +58,17 @@ class ConversationsScreen(ModalScreen[int | None]):
         for row in rows:
             table.add_row(*row)
 
+    @property
+    def _room(self) -> int:
+        """Columns for a title, so that what follows it is seen too."""
+        return max(16, self.app.size.width // 2 - 20)
+
     def _latest(self) -> list[tuple[str, str, str, str]]:
         return [
             (
                 str(one.id),
                 one.created[:16].replace("T", " "),
-                _short(one.title),
+                _short(one.title, self._room),
                 f"{one.messages} messages, {Path(one.model).name}",
             )
             for one in self._history.summaries(LIMIT)
@@ -71,7 +76,7 @@ class ConversationsScreen(ModalScreen[int | None]):
 
     def _found(self, words: str) -> list[tuple[str, str, str, str]]:
         return [
-            (str(one.conversation), "", _short(one.title), _short(one.snippet))
+            (str(one.conversation), "", _short(one.title, self._room), _short(one.snippet))
             for one in self._history.search(words, LIMIT)
         ]
 
@@ -93,6 +98,6 @@ class ConversationsScreen(ModalScreen[int | None]):
                 field.value = ""
 
 
-def _short(text: str, length: int = 50) -> str:
+def _short(text: str, length: int = 60) -> str:
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"

@@ -12,6 +12,7 @@ from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Input, Static, Tab, Tabs
 
 from edgeft.item import KINDS, Item
+from edgeft.tui import place
 from edgeft.tui.actions import Action, actions, first_steps, general
 from edgeft.tui.choose import Choose
 
@@ -27,7 +28,7 @@ class HomeScreen(Screen[None]):
         Binding("enter", "next", "Next step", priority=False),
         Binding("a", "actions", "Actions"),
         Binding("n", "new", "New"),
-        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding("slash", "filter", "Filter", key_display="/", priority=True),
         Binding("c", "copy", "Copy command"),
         Binding("r", "refresh", "Refresh"),
         Binding("left", "tab(-1)", show=False),
@@ -45,6 +46,8 @@ something new: training, an export, a data set. **/** filters by any word. **←
         self.folder = folder
         self._items: list[Item] = []
         self._shown: list[Item] = []
+        self._wanted: tuple[str, str] | None = None
+        """Where the cursor was the last time, until there is something to put it on."""
 
     def compose(self) -> ComposeResult:
         yield Tabs(*(Tab(name, id=name) for name in (ALL, *KINDS)))
@@ -61,6 +64,9 @@ something new: training, an export, a data set. **/** filters by any word. **←
         self.query_one("#filter").display = False
         self.query_one("#welcome").display = False
         table.focus()
+        self._wanted = place.last_item()
+        if (kind := place.remembered().get("kind")) in KINDS:
+            self.query_one(Tabs).active = str(kind)
         self.action_refresh()
         self.set_interval(REFRESH_S, self._refresh_if_seen)
 
@@ -95,7 +101,7 @@ something new: training, an export, a data set. **/** filters by any word. **←
     @on(Tabs.TabActivated)
     def _show(self) -> None:
         """Fill the table, keeping the cursor on the thing it was on."""
-        before = self.selected
+        before = before_key(self.selected) if self.selected else self._wanted
         kind, words = self.query_one(Tabs).active, self.query_one("#filter", Input).value.casefold().split()
         self._shown = [item for item in self._items if kind in (ALL, "", item.kind) and _matches(item, words)]
         if kind in (ALL, ""):
@@ -104,7 +110,7 @@ something new: training, an export, a data set. **/** filters by any word. **←
         table.clear()
         for item in self._shown:
             table.add_row(item.kind, item.name, item.state, item.detail)
-        same = [row for row, item in enumerate(self._shown) if before and (item.kind, item.name) == before_key(before)]
+        same = [row for row, item in enumerate(self._shown) if before_key(item) == before]
         self.query_one("#welcome").display = kind in (ALL, "") and not words and not any(map(_is_own, self._items))
         table.move_cursor(row=same[0] if same else 0)
         self._show_next()
@@ -133,8 +139,14 @@ something new: training, an export, a data set. **/** filters by any word. **←
         from edgeft.tui.app import EdgeftApp
 
         if action is not None:
+            self.keep_place()
             assert isinstance(self.app, EdgeftApp)
             self.app.do(action)
+
+    def keep_place(self) -> None:
+        """The kind that is shown and the thing that the cursor is on: the next start begins there."""
+        item = self.selected
+        place.remember(kind=self.query_one(Tabs).active or ALL, item=before_key(item) if item else None)
 
     def action_copy(self) -> None:
         if item := self.selected:
@@ -146,10 +158,13 @@ something new: training, an export, a data set. **/** filters by any word. **←
         names = (ALL, *KINDS)
         tabs.active = names[(names.index(tabs.active or ALL) + step) % len(names)]
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return action != "filter" or not isinstance(self.focused, Input)
+
     def action_filter(self) -> None:
         field = self.query_one("#filter", Input)
         field.display = True
-        field.focus()
+        self.set_focus(field)  # at once, and by a key that the table never sees: who types on means the filter
 
     def action_clear(self) -> None:
         field = self.query_one("#filter", Input)

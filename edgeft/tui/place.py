@@ -75,6 +75,12 @@ def last_chat() -> ChatPlace | None:
         return None
 
 
+def last_item() -> tuple[str, str] | None:
+    """Kind and name of the thing that the cursor was on."""
+    found = remembered().get("item")
+    return (str(found[0]), str(found[1])) if isinstance(found, list) and len(found) == 2 else None
+
+
 def _number(value: Any) -> int | None:
     return None if value is None else int(value)
 

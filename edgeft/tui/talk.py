@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import Mapping
@@ -13,13 +14,16 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.css.query import NoMatches
 from textual.message import Message
+from textual.widget import MountError
 from textual.widgets import Label, Markdown, Static, TextArea
 
 from edgeft.conversation_file import code_blocks, said_of
 from edgeft.history import StoredMessage
 
-PIECE = 4_000
+PIECE = 2_000
 """Characters of a Markdown widget about: with every word that comes, a widget is laid out anew as a whole."""
+PAINTED_S = 1.0
+"""How long to wait for a picture that nobody may see."""
 _FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 
 
@@ -60,6 +64,30 @@ class Prompt(TextArea):
         """Of what was said: while one types, that is what one looks something up in."""
         for view in self.screen.query(VerticalScroll):
             view.scroll_relative(y=pages * max(1, view.size.height - 1), animate=False)
+
+
+class Piece(Markdown):
+    """Part of an answer. Far from where one looks it is an empty space as high as its text.
+
+    Whenever a word comes, all widgets that are there are laid out: at 40,000 characters that took 40 ms a time.
+    """
+
+    asleep = False
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, open_links=False)
+
+    async def sleep(self) -> None:
+        if not self.asleep and self.size.height:
+            self.asleep = True
+            self.styles.height = self.size.height
+            await self.remove_children()
+
+    async def wake(self) -> None:
+        if self.asleep:
+            self.asleep = False
+            await self.update(self.source)
+            self.styles.height = "auto"
 
 
 class Said(Vertical, can_focus=True):
@@ -104,8 +132,7 @@ takes it back to be changed and sent again, **b** goes on from it in a copy. **â
         if self.role == "user":  # as it was typed
             yield Static(self.text, markup=False)
             return
-        for piece in self._pieces:
-            yield Markdown(piece, open_links=False)
+        yield from map(Piece, self._pieces)
 
     @classmethod
     def of(cls, one: StoredMessage) -> Said:
@@ -126,12 +153,14 @@ takes it back to be changed and sent again, **b** goes on from it in a copy. **â
     async def grow(self, text: str) -> None:
         """Add what came; done when it is laid out, so that who waits draws no more than the screen can."""
         self.text += text
-        *whole, self._pieces[-1] = pieces(self._pieces[-1] + text)
-        with contextlib.suppress(NoMatches):  # the screen is closing
-            if whole:
-                await self._next_pieces(whole)
-                return
-            await self._last.append(text)
+        before = self._pieces[-1]
+        first, *more = pieces(before + text)
+        self._pieces[-1:] = [first, *more]
+        with contextlib.suppress(NoMatches, MountError):  # the screen is closing
+            await self._last.append(first[len(before) :])
+            if more:
+                await self.mount(*map(Piece, more))
+            await self._painted()
 
     async def end(self, text: str, *, stopped: bool) -> None:
         """The last piece is drawn once more: growing can leave a code block blank."""
@@ -140,15 +169,22 @@ takes it back to be changed and sent again, **b** goes on from it in a copy. **â
             self.query_one(Label).update(self._title())
             await self._last.update(self._pieces[-1])
 
-    async def _next_pieces(self, whole: list[str]) -> None:
-        """The last widget's piece is complete; others follow it."""
-        self._pieces[-1:] = [*whole, self._pieces[-1]]
-        await self._last.update(whole[0])
-        await self.mount(*(Markdown(piece, open_links=False) for piece in [*whole[1:], self._pieces[-1]]))
+    async def _painted(self) -> None:
+        painted = asyncio.Event()
+        self.call_after_refresh(painted.set)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(painted.wait(), PAINTED_S)
+
+    async def rest(self, height: int) -> None:
+        """What is more than so many lines above the end needs no widgets for now."""
+        for piece in reversed(self.query(Piece)):
+            if height < 0:
+                await piece.sleep()
+            height -= piece.size.height
 
     @property
-    def _last(self) -> Markdown:
-        return self.query(Markdown).last()
+    def _last(self) -> Piece:
+        return self.query(Piece).last()
 
     def action_copy(self) -> None:
         self.app.copy_to_clipboard(self.text)
