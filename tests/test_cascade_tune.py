@@ -235,9 +235,7 @@ def test_a_cloud_that_goes_away_while_tuning_loses_nothing(folder: Path) -> None
     assert read_settings(Path(path)).policy.kind == "learned"
 
 
-def test_the_model_is_read_once_however_many_questions_there_are(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_is_read_once_however_many_questions_there_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import edgeft.cascade.engine as engine
 
     real, read = engine.digest_of, []
