@@ -135,7 +135,7 @@ def test_smollm2(
     monkeypatch.chdir(tmp_path)
     times: dict[str, float] = {}
     (tmp_path / "data").mkdir()
-    for split, count in (("train", 200), ("valid", 12), ("test", 24)):  # of the commands of the demo
+    for split, count in (("train", 200), ("valid", 12), ("test", 8)):  # of the commands of the demo
         lines = (SMART_HOME / f"{split}.jsonl").read_text().splitlines()[:count]
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
     drive(walk(str(smollm2_hf), "data", {"epochs": "0.25", "eval_every": "6"}, 1500, times), (120, 40))
