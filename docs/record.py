@@ -24,7 +24,7 @@ from terminal_svg import Frame, svg
 
 EDGEFT = str(Path(sys.executable).with_name("edgeft"))
 WAIT_S = 600.0
-SOCKET = "edgeft-record"
+SOCKET = f"edgeft-record-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Step:
     keys: str | tuple[str, ...]
     until: str
     seconds: float = 2.0
+    gone: str = ""
+    """What is no longer shown when it is done."""
     follow: bool = False
     """Whether it is recorded on the way: an answer that streams."""
 
@@ -49,10 +51,10 @@ def narrow(model: str) -> list[Step]:
         Step(QUESTION, "nothing else.", 1.5),
         Step(("Enter",), "first token", 4.0, follow=True),
         Step(("F4",), "This conversation", 3.0),
-        Step(("Escape",), "first token", 0.5),
+        Step(("Escape",), "first token", 0.5, gone="This conversation"),
         Step(("C-o",), "2 messages", 0.7),
         Step("adds", "«adds»", 2.5),
-        Step(("Escape",), "first token", 0.5),
+        Step(("Escape",), "first token", 0.5, gone="begun (UTC)"),
         Step(("C-t",), "system prompt", 2.5),
     ]
 
@@ -65,9 +67,9 @@ def wide(model: str) -> list[Step]:
         Step("/fit", "devices fit", 0.7),
         Step(("Enter",), "devices fit", 0.3),
         Step(("Enter",), "rpi5-8g", 3.5),
-        Step(("Escape",), f"edgeft chat {model}", 0.5),
+        Step(("Escape",), f"edgeft chat {model}", 0.5, gone="rpi5-8g"),
         Step(("n",), "Begin", 2.0),
-        Step(("Escape",), f"edgeft chat {model}", 0.5),
+        Step(("Escape",), f"edgeft chat {model}", 0.5, gone="Begin"),
         Step(("C-p",), "Search", 0.7),
         Step("Train a", "edgeft train", 1.0),
         Step(("Enter",), "$ edgeft train", 0.7),
@@ -153,7 +155,8 @@ def _frames(step: Step) -> Iterator[Frame]:
         time.sleep(0.25)
         lines = _shown()
         text = _run("capture-pane", "-p")
-        if step.until in text and lines == _shown():
+        done = step.until in text and not (step.gone and step.gone in text)
+        if done and lines == _shown():
             yield Frame(lines, step.seconds)
             return
         # A slow machine writes for longer; the pictures are as many: one for every few words.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from rich.ansi import AnsiDecoder
 from rich.cells import cell_len
 from rich.console import Console
 from rich.segment import Segment
@@ -93,14 +94,15 @@ def _style(frames: Sequence[Frame], total: float) -> str:
 
 
 def _uses(frame: Frame, rows: int, shared: dict[str, int]) -> Iterator[str]:
-    for at, line in enumerate(frame.lines[:rows]):
+    # tmux says a colour once, also for the lines that follow.
+    for at, line in enumerate(AnsiDecoder().decode("\n".join(frame.lines[:rows]))):
         drawn = "".join(_row(line))
         number = shared.setdefault(drawn, len(shared))
         if drawn:
             yield f'<use href="#r{number}" y="{at * HEIGHT:g}"/>'
 
 
-def _row(line: str) -> Iterator[str]:
+def _row(line: Text) -> Iterator[str]:
     column = 0
     for text, style in _runs(line):
         width = cell_len(text)
@@ -111,8 +113,8 @@ def _row(line: str) -> Iterator[str]:
         column += width
 
 
-def _runs(line: str) -> Iterator[tuple[str, Style]]:
-    segments = Text.from_ansi(line).render(Console(color_system="truecolor"))
+def _runs(line: Text) -> Iterator[tuple[str, Style]]:
+    segments = line.render(Console(color_system="truecolor"))
     for segment in Segment.simplify(segments):
         yield segment.text, segment.style or Style()
 

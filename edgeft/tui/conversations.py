@@ -76,7 +76,7 @@ class ConversationsScreen(ModalScreen[int | None]):
 
     def _found(self, words: str) -> list[tuple[str, str, str, str]]:
         return [
-            (str(one.conversation), "", _short(one.title, self._room), _short(one.snippet))
+            (str(one.conversation), "", _short(one.title, self._room), _around(one.snippet, self._room))
             for one in self._history.search(words, LIMIT)
         ]
 
@@ -96,6 +96,13 @@ class ConversationsScreen(ModalScreen[int | None]):
                 self.notify(error.message, severity="error", markup=False)
             else:
                 field.value = ""
+
+
+def _around(snippet: str, length: int) -> str:
+    """A snippet in so many columns, with the word that was looked for."""
+    line = " ".join(snippet.split())
+    begin = max(0, line.find("«") - length // 3)
+    return ("…" if begin else "") + _short(line[begin:], length)
 
 
 def _short(text: str, length: int = 60) -> str:
