@@ -84,7 +84,7 @@ def below(cells: Cells, prefix: str) -> Figures:
 
 def line(cell: Figures, answered: Figures | None) -> Figures:
     """Means per learned token of one file."""
-    tokens = sum(cell["tokens"])
+    tokens = round(sum(cell["tokens"]))
     known = {key: round(sum(cell[key]) / tokens, 5) for key in ("nll_trained", "nll", "kl", "same")}
     if answered:
         known["exact_match"] = round(sum(answered["exact"]) / len(answered["exact"]), 4)
@@ -106,7 +106,7 @@ def recovered(cells: Cells, task: str, method: str, which: str, seeds: Sequence[
     def rows(side: int, key: str) -> list[list[float]]:
         return [[value for cell in pairs[seed][side] for value in cell[key]] for seed in known]
 
-    tokens = sum(rows(0, "tokens")[0])
+    tokens = round(sum(rows(0, "tokens")[0]))
     losses = {"trained": rows(0, "nll_trained"), "plain": rows(0, "nll"), "aware": rows(1, "nll")}
     means = {name: [round(sum(row) / tokens, 5) for row in found] for name, found in losses.items()}
     examples = len(losses["plain"][0])

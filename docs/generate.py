@@ -1,5 +1,5 @@
-"""Write cli.md from the commands, gguf-models.md and parity.md from the tests, forecast.md and tables of other pages
-from benchmarks' data, or check that they are up to date.
+"""Write cli.md from the commands, gguf-models.md and parity.md from the tests, forecast.md and other tables from
+benchmarks' data, or check that they are up to date.
 
 python docs/generate.py [--check]
 """
