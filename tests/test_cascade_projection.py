@@ -22,7 +22,7 @@ from edgeft.cascade.embedder import Embedder
 from edgeft.cascade.features import Token, features
 from edgeft.cascade.projection import fit_projection
 from edgeft.cascade.settings import PolicySettings
-from edgeft.cascade.tune import Goal, cross_fitted, fitted, halves, policy_for, risks, tune
+from edgeft.cascade.tune import Goal, cross_fitted, fitted, grown, halves, policy_for, risks, tune
 from edgeft.chat import Sampling
 from edgeft.cli.main import main
 from edgeft.errors import ConfigError
@@ -58,22 +58,24 @@ def blind(found: list[Case]) -> list[Case]:
     return [dataclasses.replace(case, vector=None) for case in found]
 
 
-def made(found: list[Case], kind: str = "learned", goal: str = "quality", value: float = 0.9) -> Calibration:
-    return tune(found, PolicySettings(), kind, Goal(goal, value), "x", embedder="e")  # type: ignore[arg-type]
+def made(found: list[Case], kind: str = "learned") -> Calibration:
+    """Without a threshold."""
+    parts = {"learned": fitted, "boosted": grown}[kind](found)
+    return Calibration(kind, 0.5, -1, "x", embedder="e" if parts["projection"] else "", **parts)
 
 
 # --- What is learned -----------------------------------------------------------------------
 
 
 def test_what_a_prompt_is_about_is_learned_where_nothing_else_tells(folder: Path) -> None:
-    known, unseen = cases(200, 0, folder), cases(400, 1, folder)
-    without = apgr(made(blind(known)), blind(unseen))
-    assert apgr(made(known), unseen) > 0.75 and without < 0.6
+    known, unseen = cases(150, 0, folder), cases(300, 1, folder)
+    with_it, without = apgr(made(known), unseen), apgr(made(blind(known)), blind(unseen))
+    assert with_it > 0.7 and without < 0.6  # hashed words tell a little
 
 
 @pytest.mark.parametrize("kind", ["learned", "boosted"])
 def test_risks_are_the_same_when_a_calibration_is_read_again(tmp_path: Path, folder: Path, kind: str) -> None:
-    known = cases(120, 2, folder)
+    known = [dataclasses.replace(case, features={"sure": case.tokens[0].logprob}) for case in cases(80, 2, folder)]
     before = made(known, kind)
     before.write(tmp_path / "c.json")
     after = read_calibration(tmp_path / "c.json")
@@ -91,7 +93,8 @@ def test_of_an_answer_whose_risk_chooses_the_threshold_the_fit_saw_no_embedding(
     other = dataclasses.replace(known[0], vector=-3 * np.ones(12, np.float32))
     same = [one == two for one, two in zip(before, cross_fitted([other, *known[1:]]), strict=True)]
     assert 8 <= sum(same) <= 40  # those of its own fold
-    assert made(known, goal="risk", value=0.2).projection == fitted(halves(known)[0])["projection"]
+    found = tune(known, PolicySettings(), "learned", Goal("risk", 0.2), "x", embedder="e")
+    assert found.projection == fitted(halves(known)[0])["projection"] and found.embedder == "e"
 
 
 @pytest.mark.parametrize(("count", "kept"), [(5, 1), (40, 9), (41, 10), (400, 16)])
@@ -111,7 +114,8 @@ def test_where_prompts_do_not_differ_there_is_no_projection() -> None:
 
 def test_a_calibration_holds_for_its_embedder_only(folder: Path) -> None:
     known = cases(100, 4, folder)
-    found, without = made(known), made(blind(known))
+    found = made(known)
+    without = tune(blind(known), PolicySettings(), "learned", Goal("risk", 0.2), "x", embedder="e")
     assert found.stale("x", -1, "e") == ""
     assert "another embedder" in found.stale("x", -1, "f")
     assert "embedder is not in the settings" in found.stale("x", -1)
@@ -146,7 +150,7 @@ def settings_for(tmp_path: Path, cloud: FaultyCloud) -> tuple[Path, list[str]]:
     cloud.answer = lambda said: ["yes" if said["messages"][-1]["content"].split()[0] in WORDS[1::2] else "no"]
     (tmp_path / "a.echo.json").write_text('{"default": "no"}')
     with (tmp_path / "data.jsonl").open("w") as stream:
-        for number in range(100):
+        for number in range(60):
             turns = [("user", asked(choose, number % 2 > 0)), ("assistant", "yes" if number % 2 else "no")]
             stream.write(json.dumps({"messages": [{"role": who, "content": text} for who, text in turns]}) + "\n")
     path.write_text(
@@ -175,12 +179,12 @@ def test_answers_that_were_kept_are_tuned_with_an_embedder_and_it_decides(
         assert main(tuning) == 0
         found = json.loads(capsys.readouterr().out)
         assert len(cloud.wire) == requests and (tmp_path / "c.answers.jsonl").read_text() == answers
-        assert found["examples"] == without["examples"] == 100
+        assert found["examples"] == without["examples"] == 60
         assert found["deferred"] < 0.6 < 0.7 < without["deferred"]
         choose = random.Random(1)
         with Cascade.open(path) as cascade:
             assert not cascade.stale and cascade.cache._embed == cascade.embedder.vector  # loaded once
-            for hard in (True, False) * 5:
+            for hard in (True, False) * 2:
                 *_, last = cascade.answer([{"role": "user", "content": asked(choose, hard)}], Sampling(max_tokens=8))
                 assert last.record.authors == ["big" if hard else "local"]
             assert "embedding" not in json.dumps(cascade.audit.records(10))
