@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,22 @@ WORDS = {
 }
 
 
-@pytest.fixture
-def embedder(tmp_path: Path) -> Path:
-    folder = tmp_path / "static"
+def static_model(folder: Path, vectors: Mapping[str, Sequence[float]]) -> Path:
+    """A static embedding model with a vector for each word, and none for other words."""
     folder.mkdir()
-    words = ["[UNK]", *WORDS]
+    words = ["[UNK]", *vectors]
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    table = np.array([(0, 0, 0, 0), *WORDS.values()], np.float32)
-    save_file({"embeddings": table}, folder / "model.safetensors")
+    known = np.array(list(vectors.values()), np.float32)
+    save_file({"embeddings": np.vstack([np.zeros_like(known[:1]), known])}, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture
+def embedder(tmp_path: Path) -> Path:
+    return static_model(tmp_path / "static", WORDS)
 
 
 CACHE = '[cache]\nexpire-s = 60\nnear = 0.97\nembedder = "static"\n'

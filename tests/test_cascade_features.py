@@ -13,7 +13,7 @@ import pytest
 
 from edgeft.cascade.answers import Case
 from edgeft.cascade.calibration import Calibration, _newton, fit_logistic, read_calibration
-from edgeft.cascade.features import BUCKETS, NAMES, NGRAM, Token, features, loggable, ngrams
+from edgeft.cascade.features import BUCKETS, EMBEDDING, NAMES, NGRAM, Token, features, loggable, ngrams
 from edgeft.cascade.metrics import curve
 from edgeft.cascade.settings import PolicySettings
 from edgeft.cascade.tune import Goal, policy_for, risks, tune
@@ -80,8 +80,8 @@ def test_of_a_long_prompt_both_ends_are_looked_at() -> None:
 
 
 def test_a_record_tells_no_word() -> None:
-    found = loggable(features([SURE], "my secret", True, False))
-    assert "logprob_mean" in found and not any(name.startswith(NGRAM) for name in found)
+    found = loggable({**features([SURE], "my secret", True, False), f"{EMBEDDING}00": 0.5})
+    assert "logprob_mean" in found and not any(name.startswith((NGRAM, EMBEDDING)) for name in found)
 
 
 # --- Fits -----------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ import json
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeft.cascade.cloud import Unanswered, estimate_tokens
-from edgeft.cascade.device import DeviceAnswer
+from edgeft.cascade.device import DeviceAnswer, question_of
 from edgeft.cascade.engine import Cascade
 from edgeft.cascade.features import Token, features
 from edgeft.cascade.judge import PASSES, Grader
@@ -23,6 +23,9 @@ from edgeft.data.example import Example
 from edgeft.errors import CheckFailed, DataError, Unreachable, UsageError
 from edgeft.paths import parse_json
 from edgeft.progress import Progress
+
+if TYPE_CHECKING:
+    from edgeft.cascade.embedder import Vector
 
 JUDGES = ("auto", "exact", "contains", "model")
 
@@ -42,6 +45,8 @@ class Case:
     cloud_right: bool
     cost: float
     """Of the cloud's answer."""
+    vector: Vector | None = field(default=None, compare=False)
+    """Of the prompt, made anew whenever answers are read: none is kept."""
 
 
 class AnswerFile:
@@ -140,14 +145,14 @@ class Collector:
         limit = self.cascade.settings.policy.judge_tokens
         judged = every[:limit] if limit > 0 else every
         ended = len(judged) == len(every)
-        question = str(_prompt(example)[-1].get("content") or "") if _prompt(example) else ""
         return Case(
             local["key"],
-            features(judged, question, ended, ended and local["finish"] == "length"),
+            features(judged, question_of(_prompt(example)), ended, ended and local["finish"] == "length"),
             judged,
             bool(right[0]),
             bool(right[1]),
             float(cloud["cost"]),
+            self.cascade.vector(_prompt(example)),
         )
 
     def _right(self, example: Example, text: str) -> bool | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgeft.cascade.features import loggable
+from edgeft.cascade.features import NGRAM
 from edgeft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Boosted:
     extra: Extra = ""
 
     def risk(self, evidence: Evidence) -> float:
-        return probability(self.calibration.trees, evidence.features)
+        return probability(self.calibration.trees, self.calibration.projected(evidence.features, evidence.vector))
 
 
 def boosted(calibration: Calibration | None) -> Boosted:
@@ -103,7 +103,7 @@ def fit_boosted(rows: Sequence[Mapping[str, float]], target: Sequence[bool]) -> 
     """
     import numpy as np
 
-    names = sorted(loggable(rows[0]))
+    names = sorted(name for name in rows[0] if not name.startswith(NGRAM))
     table = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)
     wanted = np.array(target, dtype=np.float64)
     held = np.arange(len(rows)) % 4 == 3

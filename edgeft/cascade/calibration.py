@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from edgeft.cascade.boosted import check_trees, names_in
 from edgeft.cascade.features import NAMES, NGRAM
+from edgeft.cascade.projection import Projection, read_projection
 from edgeft.errors import CheckFailed, ConfigError
 from edgeft.paths import parse_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from edgeft.cascade.embedder import Vector
 
     Floats = NDArray[np.float64]
 
@@ -40,6 +43,9 @@ class Calibration:
     """One per name, then the constant."""
     trees: tuple[Any, ...] = ()
     """Of the boosted policy (`edgeft.cascade.boosted`)."""
+    embedder: str = ""
+    """SHA-256 of the embedder that the projection is for."""
+    projection: Projection | None = None
     goal: str = ""
     measured: Mapping[str, Any] = field(default_factory=dict)
     curve: tuple[tuple[float, float, float, float], ...] = ()
@@ -54,13 +60,20 @@ class Calibration:
             total += weight * max(-4.0, min(4.0, (features.get(name, mean) - mean) / scale))
         return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, total))))
 
-    def stale(self, artifact: str, judge_tokens: int) -> str:
+    def projected(self, features: Mapping[str, float], vector: Vector | None) -> Mapping[str, float]:
+        """Features with those that the projection makes of the prompt's embedding, where there is a projection."""
+        return {**features, **self.projection.features(vector)} if self.projection else features
+
+    def stale(self, artifact: str, judge_tokens: int, embedder: str = "") -> str:
         """Why this calibration does not hold for a model any more; "" when it does."""
         if self.artifact != artifact:
             return "the local model, its adapter or its quantization changed"
         if self.judge_tokens != judge_tokens:
             return f"it judged {self.judge_tokens} tokens, now {judge_tokens} are judged"
-        if unknown := {*self.names, *names_in(self.trees)} - NAMES:
+        if self.projection and self.embedder != embedder:
+            return "it was tuned with another embedder" if embedder else "its embedder is not in the settings any more"
+        made = NAMES.union(self.projection.names if self.projection else ())
+        if unknown := {*self.names, *names_in(self.trees)} - made:
             return f"it needs features that this edgeft does not make, such as {min(unknown)}"
         return ""
 
@@ -74,7 +87,7 @@ def read_calibration(path: Path) -> Calibration:
         value = parse_json(path.read_text(encoding="utf-8"))
         lists = {name: tuple(value.get(name, ())) for name in ("names", "mean", "scale", "weights", "trees")}
         lists["curve"] = tuple((float(t), float(d), float(q), float(c)) for t, d, q, c in value.get("curve", ()))
-        found = Calibration(**{**value, **lists})
+        found = Calibration(**{**value, **lists, "projection": read_projection(value.get("projection"))})
         if found.schema != SCHEMA:
             raise ValueError(f"its schema is {found.schema}, this edgeft reads {SCHEMA}")
         numbers = (found.threshold, *found.mean, *found.scale, *found.weights, *chain(*found.curve))

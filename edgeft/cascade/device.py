@@ -88,10 +88,14 @@ class DeviceAnswer:
         return sum(token.logprob for token in self.tokens) / len(self.tokens) if self.tokens else None
 
     def features(self) -> dict[str, float]:
-        prompt = str(self._messages[-1].get("content") or "") if self._messages else ""
         ended = self.usage is not None
         cut = self.usage is not None and self.usage.finish_reason == "length"
-        return features(self.tokens, prompt, ended, cut)
+        return features(self.tokens, question_of(self._messages), ended, cut)
+
+
+def question_of(messages: Sequence[Message]) -> str:
+    """Text of the last message; "" where there is none."""
+    return str(messages[-1].get("content") or "") if messages else ""
 
 
 def samples(session: Session, messages: Sequence[Message], sampling: Sampling, count: int, cancel: Cancel) -> list[str]:
@@ -110,8 +114,7 @@ def samples(session: Session, messages: Sequence[Message], sampling: Sampling, c
 
 def p_true(session: Session, messages: Sequence[Message], answer: str, cancel: Cancel) -> float | None:
     """P(Yes) / (P(Yes) + P(No)) to the question whether an answer is right; None when neither is among the best."""
-    question = str(messages[-1].get("content") or "") if messages else ""
-    asked = [{"role": "user", "content": _ASK.format(question=question, answer=answer)}]
+    asked = [{"role": "user", "content": _ASK.format(question=question_of(messages), answer=answer)}]
     how = Sampling(max_tokens=1, top_logprobs=20)
     yes = no = 0.0
     for delta in session.generate(session.render(asked), how, cancel):

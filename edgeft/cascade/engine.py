@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeft.artifact import digest_of
 from edgeft.cascade.audit import AuditLog
@@ -20,7 +20,7 @@ from edgeft.cascade.budget import Budget
 from edgeft.cascade.cache import AnswerCache, Asked
 from edgeft.cascade.calibration import Calibration, read_calibration
 from edgeft.cascade.cloud import Clouds, Unanswered
-from edgeft.cascade.device import DeviceAnswer, p_true, samples
+from edgeft.cascade.device import DeviceAnswer, p_true, question_of, samples
 from edgeft.cascade.embedder import Embedder
 from edgeft.cascade.features import loggable
 from edgeft.cascade.policies import Evidence, Policy, make_policy
@@ -32,6 +32,9 @@ from edgeft.errors import EdgeftError, Unreachable
 from edgeft.plugins import LoadOptions
 from edgeft.progress import Progress
 from edgeft.sessions import Opened, open_session
+
+if TYPE_CHECKING:
+    from edgeft.cascade.embedder import Vector
 
 Tools = Sequence[Mapping[str, Any]]
 
@@ -47,8 +50,11 @@ class Cascade:
         self.audit = AuditLog(settings.audit_file, settings.audit)
         self.clouds = Clouds(settings, self.budget, self.guard)
         near = settings.cache.near > 0 and settings.cache.expire_s > 0
-        embed = Embedder(settings.beside(settings.cache.embedder)).vector if near else None
+        load = functools.cache(Embedder)  # once, where both name the same folder
+        embed = load(settings.beside(settings.cache.embedder)).vector if near else None
         self.cache = AnswerCache(settings.cache, embed=embed)
+        own = settings.policy.embedder
+        self.embedder: Embedder | None = load(settings.beside(own)) if own else None
         self.device = threading.Lock()
         self.stale = ""
         """Why the calibration does not hold; the device then answers unless it cannot."""
@@ -84,7 +90,7 @@ class Cascade:
         calibration: Calibration | None = None
         if policy.calibration:
             calibration = read_calibration(self.settings.beside(policy.calibration))
-            self.stale = calibration.stale(self.artifact_digest, policy.judge_tokens)
+            self.stale = calibration.stale(self.artifact_digest, policy.judge_tokens, self.embedder_digest)
             if not self.stale and calibration.policy != policy.kind:
                 self.stale = f"it is for the policy {calibration.policy}, not {policy.kind}"
         if self.stale:
@@ -98,6 +104,14 @@ class Cascade:
         path = self.opened.artifact.path
         own = digest_of(path) if path.exists() else hashlib.sha256(str(path).encode()).hexdigest()
         return hashlib.sha256("\n".join([own, *digests]).encode()).hexdigest() if digests else own
+
+    @property
+    def embedder_digest(self) -> str:
+        return self.embedder.digest if self.embedder else ""
+
+    def vector(self, messages: Sequence[Message]) -> Vector | None:
+        """Of the last message, by the policy's embedder; None without one."""
+        return self.embedder.vector(question_of(messages)) if self.embedder else None
 
     def __enter__(self) -> Cascade:
         return self
@@ -253,7 +267,7 @@ class _Turn:
         return keep, f"{cascade.policy.name}: risk {risk:.3g} {'at most' if keep else 'above'} {cascade.threshold:.3g}"
 
     def _evidence(self, answer: DeviceAnswer, text: str) -> Evidence:
-        evidence = Evidence(text, answer.tokens, answer.features())
+        evidence = Evidence(text, answer.tokens, answer.features(), vector=self.cascade.vector(self.messages))
         session, extra = self.cascade.opened.session, self.cascade.policy.extra
         if extra == "samples":
             count = self.cascade.settings.policy.samples

@@ -17,6 +17,8 @@ TOP = 5
 """Alternatives asked for per token: enough for a margin and for most of the entropy."""
 NGRAM = "ngram_"
 """First letters of the features that say which words a prompt has; they are never written to a record."""
+EMBEDDING = "embedding_"
+"""Of those that say what it is about (`edgeft.cascade.projection`); neither are these."""
 BUCKETS = 128
 _WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")
 _ENDS = 48
@@ -145,7 +147,7 @@ def ngrams(prompt: str) -> dict[str, float]:
 
 def loggable(found: Mapping[str, float]) -> dict[str, float]:
     """Without what would tell which words a prompt had."""
-    return {name: value for name, value in found.items() if not name.startswith(NGRAM)}
+    return {name: value for name, value in found.items() if not name.startswith((NGRAM, EMBEDDING))}
 
 
 NAMES = frozenset(features((), "", False, False))

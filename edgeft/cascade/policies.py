@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from edgeft.cascade.boosted import boosted
 from edgeft.cascade.calibration import Calibration
 from edgeft.cascade.features import Token, quantile
 from edgeft.cascade.settings import PolicySettings
 from edgeft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgeft.cascade.embedder import Vector
 
 Extra = Literal["", "samples", "p-true"]
 
@@ -27,6 +30,8 @@ class Evidence:
     """More answers to the same, sampled; only where the policy asks for them."""
     p_true: float | None = None
     """Probability the model gives to its own answer being right."""
+    vector: Vector | None = None
+    """Of the prompt, by the policy's embedder; None without one."""
 
 
 class Policy(Protocol):
@@ -122,7 +127,7 @@ class Learned:
     extra: Extra = ""
 
     def risk(self, evidence: Evidence) -> float:
-        return self.calibration.probability(evidence.features)
+        return self.calibration.probability(self.calibration.projected(evidence.features, evidence.vector))
 
 
 def make_policy(settings: PolicySettings, calibration: Calibration | None) -> Policy:

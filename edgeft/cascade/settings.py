@@ -81,6 +81,7 @@ class PolicySettings:
     samples: int = 3
     judge_tokens: int = -1
     calibration: str = ""
+    embedder: str = ""
     mid_stream: str = "finish-locally"
 
 
@@ -336,6 +337,7 @@ quantile = 0.1               # of the local answer's token log-probabilities; th
 judge-tokens = -1            # tokens that are judged before any is shown; -1: the whole answer, 0: none
 mid-stream = "finish-locally" # or "restart-locally", "stop": when the cloud breaks off in the middle
 # calibration = "calibration.json"
+# embedder = "potion-base-8M" # folder of a static embedding model, for tuning to what prompts are about (extra `near`)
 
 [budget]                     # 0: no limit. When one is reached, the device answers.
 currency = "USD"

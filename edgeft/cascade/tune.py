@@ -13,6 +13,7 @@ from edgeft.cascade.answers import Case
 from edgeft.cascade.boosted import fit_boosted
 from edgeft.cascade.calibration import Calibration, certain_threshold, conformal_threshold, fit_logistic
 from edgeft.cascade.policies import Evidence, Policy, make_policy
+from edgeft.cascade.projection import Projection, fit_projection
 from edgeft.cascade.settings import PolicySettings
 from edgeft.errors import CheckFailed, DataError, UsageError
 
@@ -62,9 +63,18 @@ def halves(cases: Sequence[Case], salt: str = "") -> tuple[list[Case], list[Case
 
 
 def tune(
-    cases: Sequence[Case], settings: PolicySettings, kind: str, goal: Goal, artifact: str, salt: str = ""
+    cases: Sequence[Case],
+    settings: PolicySettings,
+    kind: str,
+    goal: Goal,
+    artifact: str,
+    salt: str = "",
+    embedder: str = "",
 ) -> Calibration:
     """A calibration for one policy.
+
+    Args:
+        artifact, embedder: SHA-256 of the local model and of what made the vectors of the cases.
 
     Raises:
         DataError: too few cases.
@@ -91,6 +101,7 @@ def tune(
         threshold,
         settings.judge_tokens,
         artifact,
+        embedder=embedder if parts.get("projection") else "",
         goal=str(goal),
         measured=measured,
         curve=deferral(risk, hold),
@@ -156,14 +167,24 @@ def fitted_policy(kind: str, parts: Mapping[str, Any]) -> Policy:
 def fitted(cases: Sequence[Case]) -> dict[str, Any]:
     """Weights for the target "local wrong and cloud right", not "local wrong": see docs/cascade.md."""
     target = [case.cloud_right and not case.local_right for case in cases]
-    names, mean, scale, weights = fit_logistic([case.features for case in cases], target)
-    return {"names": names, "mean": mean, "scale": scale, "weights": weights}
+    rows, projection = _rows(cases)
+    names, mean, scale, weights = fit_logistic(rows, target)
+    return {"names": names, "mean": mean, "scale": scale, "weights": weights, "projection": projection}
 
 
 def grown(cases: Sequence[Case]) -> dict[str, Any]:
     """Trees for the same target."""
     target = [case.cloud_right and not case.local_right for case in cases]
-    return {"trees": fit_boosted([case.features for case in cases], target)}
+    rows, projection = _rows(cases)
+    return {"trees": fit_boosted(rows, target), "projection": projection}
+
+
+def _rows(cases: Sequence[Case]) -> tuple[list[Mapping[str, float]], Projection | None]:
+    """Features to fit to; the projection among them is that of these very cases."""
+    projection = fit_projection([case.vector for case in cases])
+    if projection is None:
+        return [case.features for case in cases], None
+    return [{**case.features, **projection.features(case.vector)} for case in cases], projection
 
 
 _FITS: Mapping[str, Callable[[Sequence[Case]], dict[str, Any]]] = {"learned": fitted, "boosted": grown}
@@ -174,7 +195,7 @@ def policy_for(settings: PolicySettings, kind: str, calibration: Calibration | N
 
 
 def risks(policy: Policy, cases: Sequence[Case]) -> list[float]:
-    return [policy.risk(Evidence("", case.tokens, case.features)) for case in cases]
+    return [policy.risk(Evidence("", case.tokens, case.features, vector=case.vector)) for case in cases]
 
 
 def choose(risk: Sequence[float], cases: Sequence[Case], goal: Goal) -> float:

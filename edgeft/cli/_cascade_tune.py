@@ -121,7 +121,8 @@ def tune(
             )
             return ExitCode.OK
         cases = _cases(cascade, file, answers, max_tokens, judge, examples, max_cost)
-        found = fit(cases, cascade.settings.policy, kind, goal, cascade.artifact_digest)
+        policy, digest = cascade.settings.policy, cascade.artifact_digest
+        found = fit(cases, policy, kind, goal, digest, embedder=cascade.embedder_digest)
     target = file.with_name(f"{file.stem}.calibration.json")
     found.write(target)
     write_text(file, with_policy(file.read_text(encoding="utf-8"), kind, target.name))
