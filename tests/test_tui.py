@@ -433,8 +433,9 @@ def test_an_answer_in_pieces_is_drawn_whole(folder: Path, monkeypatch: pytest.Mo
         said = screen.query(Said).last()
         assert said.text == answer
         drawn = [block.source for block in said.query(Markdown)]
+        assert drawn == pieces(answer)
         assert "\n\n".join(drawn) == answer
-        assert len(drawn) == 2
+        assert len(drawn) == 3
 
     drive(steps)
 
