@@ -56,6 +56,9 @@ SCHEMA: tuple[Key, ...] = (
     Key("run.seed", int, 0, "Seed of the sampler."),
     Key("run.kv-type", str, "auto", "How keys and values are stored; q8_0 halves them.", ("auto", "f16", "q8_0")),
     Key("run.lookup", str, "auto", "Guess tokens from the conversation, check many at once.", ("auto", "on", "off")),
+    Key("run.mmap", str, "auto", "Map the model's file instead of copying it.", ("auto", "on", "off")),
+    Key("run.repack", str, "auto", "Copy weights into the order fast prompts want.", ("auto", "on", "off")),
+    Key("run.flash-attention", str, "auto", "Attention in one pass; fast or slow by package.", ("auto", "on", "off")),
     Key(
         "run.overflow",
         str,

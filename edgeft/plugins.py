@@ -165,7 +165,11 @@ class LoadOptions:
     batch: int = 512
     parallel: int = 1
     """Answers decoded together, each with `context` tokens of its own, where the runtime can; see `streams`."""
-    use_mmap: bool = True
+    mmap: bool | None = None
+    """Map the file instead of copying it. This one and the next two only for runtimes that name them in `loading`."""
+    repack: bool | None = None
+    """Copy weights into the order that the kernels for prompts want."""
+    flash_attention: bool | None = None
     kv_type: KvType | None = None
     """How keys and values are stored. Only for runtimes that name it in `kv_types`."""
     lookup: bool | None = None
@@ -262,6 +266,12 @@ def check_levers(runtime: Runtime, options: LoadOptions) -> None:
         raise UsageError(
             f"{runtime.name} has no prompt lookup", "Leave out --lookup, or take llama-cpp-python or xllamacpp."
         )
+    for name in ("mmap", "repack", "flash_attention"):
+        if getattr(options, name) is not None and name not in getattr(runtime, "loading", ()):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{runtime.name} has no {flag}", f"Leave out {flag}, or take llama-cpp-python or xllamacpp."
+            )
     if options.overflow != "refuse" and "raw" not in capabilities(runtime):
         raise UsageError(
             f"{runtime.name} cannot count a prompt's tokens, so no turns can be left out", "Take --overflow refuse."

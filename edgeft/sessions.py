@@ -71,11 +71,14 @@ def load_options(values: Mapping[str, Any]) -> LoadOptions:
     )
 
 
+_SWITCH = {"auto": None, "on": True, "off": False}
+
+
 def levers(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that trade speed, memory and text, as arguments of `LoadOptions`."""
     return {
         "kv_type": None if values["kv-type"] == "auto" else values["kv-type"],
-        "lookup": {"auto": None, "on": True, "off": False}[values["lookup"]],
+        **{name.replace("-", "_"): _SWITCH[values[name]] for name in ("lookup", "mmap", "repack", "flash-attention")},
         "overflow": values["overflow"],
     }
 

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 
-from edgeft.errors import ModelError
+from edgeft.errors import ModelError, UsageError
 from edgeft.plugins import Choice, KvType, LoadOptions
 
 from .amx import crashes_on_amx
@@ -26,12 +26,39 @@ def metadata(library: Library, model: int, key: str) -> str:
     return room.value.decode("utf-8", "replace") if size >= 0 else ""
 
 
-def load_model(library: Library, path: Path, options: LoadOptions) -> int:
+def repacking(library: Library, path: Path, options: LoadOptions) -> Choice:
+    """Whether weights are copied into the order that ggml's fastest kernels want.
+
+    Raises:
+        UsageError: asked for where it would end the process.
+    """
+    crashes = crashes_on_amx(library.path)  # without repacked buffers ggml's AMX kernels are never reached
+    if options.repack is not None:
+        if options.repack and crashes:
+            raise UsageError("this build's AMX kernels crash on this processor", "Leave out --repack.")
+        return _chosen("repack", options.repack, None, "")
+    if crashes:
+        return Choice("repack", "off", "its AMX kernels crash here")
+    size, available = path.stat().st_size, available_bytes()
+    if available is not None and size > available:
+        return Choice("repack", "off", f"a copy of {size / 1e6:,.0f} MB does not fit in {available / 1e6:,.0f} MB")
+    return Choice("repack", "on", "faster prompts")
+
+
+def uses_flash_attention(options: LoadOptions, default: bool) -> bool:
+    """Raises: UsageError when it is turned off for values that only it can read."""
+    quantized = options.kv_type == "q8_0"
+    if options.flash_attention is None:
+        return default or quantized
+    if quantized and not options.flash_attention:
+        raise UsageError("only flash attention reads quantized values", "Leave out --flash-attention or --kv-type.")
+    return options.flash_attention
+
+
+def load_model(library: Library, path: Path, options: LoadOptions, *, repack: bool) -> int:
     params = library.llama_model_default_params()
-    params.load_mode = 1 if options.use_mmap else 0
-    if crashes_on_amx(library.path):
-        # Without ggml's repacked buffers its AMX kernels are never reached.
-        params.use_extra_bufts = False
+    params.load_mode = 0 if options.mmap is False else 1
+    params.use_extra_bufts = repack
     library.forget_errors()
     model = library.llama_model_load_from_file(str(path).encode(), params)
     if not model:
@@ -45,8 +72,10 @@ def make_context(library: Library, model: int, options: LoadOptions, path: Path,
     params.n_ctx, params.n_seq_max = _tokens(library, model, options), options.parallel
     params.n_batch = params.n_ubatch = options.batch
     params.type_k = params.type_v = _KV[options.kv_type or "f16"][0]
-    if not flash_attention and options.kv_type != "q8_0":  # only flash attention reads values that are quantized
+    if not flash_attention:
         params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED; the default lets llama.cpp choose
+    elif options.flash_attention:
+        params.flash_attn_type = 1
     params.n_threads = options.threads or physical_cores()
     params.n_threads_batch = options.threads_batch or available_cores()
     try:
@@ -89,19 +118,18 @@ def _check_memory(library: Library, model: int, options: LoadOptions, path: Path
         )
 
 
-def llama_choices(library: Library, options: LoadOptions, flash_attention: bool) -> list[Choice]:
+def llama_choices(options: LoadOptions, repack: Choice, flash_attention: bool) -> list[Choice]:
     """What a context was made with, and why."""
     quantized = options.kv_type == "q8_0"
     flash = "only it reads quantized values" if quantized else "measured for this package: docs/runtimes.md"
-    repack = not crashes_on_amx(library.path)
     return [
         _chosen("threads", options.threads, physical_cores(), "one per physical core"),
         _chosen("threads-batch", options.threads_batch, available_cores(), "all cores: a prompt is arithmetic"),
-        Choice("flash attention", "on" if flash_attention or quantized else "off", flash),
+        _chosen("flash attention", options.flash_attention, flash_attention, flash),
         _chosen("kv-type", options.kv_type, "f16", "exact: q8_0 halves the memory and changes log-probabilities"),
         _chosen("lookup", options.lookup, False, "only an answer that repeats its prompt can gain"),
-        Choice("mmap", "on" if options.use_mmap else "off", "the file's pages are shared and need no copy"),
-        Choice("repack", "on" if repack else "off", "faster prompts" if repack else "its AMX kernels crash here"),
+        _chosen("mmap", options.mmap, True, "the file's pages are shared and need no copy"),
+        repack,
     ]
 
 

@@ -24,6 +24,7 @@ class LlamaRuntime:
     """Whether the library's own choice, flash attention wherever it can, is the faster one."""
     kv_types: Sequence[KvType] = ("f16", "q8_0")
     lookup: bool = True
+    loading: Sequence[str] = ("mmap", "repack", "flash_attention")
 
     def supports(self, artifact: Artifact) -> Support:
         if not artifact.path.is_file() or not _is_gguf(artifact.path):

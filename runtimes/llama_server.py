@@ -46,6 +46,7 @@ def find_program() -> Path | None:
 class LlamaServerRuntime:
     name: str = "llama-server"
     kv_types: Sequence[KvType] = ("f16", "q8_0")
+    loading: Sequence[str] = ("mmap", "repack", "flash_attention")
     lacks: Mapping[str, str] = field(
         default_factory=lambda: {
             "tokens": "the server sends characters of several tokens as one",
@@ -68,8 +69,12 @@ class LlamaServerRuntime:
 
     def load(self, artifact: Artifact, options: LoadOptions) -> Session:
         if artifact.address:
-            if options.kv_type:
-                raise UsageError("a server that runs has its type of keys and values", "Leave out --kv-type.")
+            asked = (options.kv_type, options.mmap, options.repack, options.flash_attention)
+            if any(one is not None for one in asked):
+                raise UsageError(
+                    "a server that runs has loaded its model already",
+                    "Leave out --kv-type, --mmap, --repack and --flash-attention.",
+                )
             endpoint = parse_endpoint(artifact.address.removesuffix("/v1"))
             return LlamaServerSession(ChatClient(endpoint), artifact.path, parallel=options.parallel)
         program = find_program()
@@ -133,7 +138,10 @@ class Child:
             "--parallel": how.parallel,
         }
         words = [str(word) for pair in values.items() for word in pair]
-        words += [] if how.use_mmap else ["--no-mmap"]
+        words += ["--no-mmap"] if how.mmap is False else []
+        words += ["--no-repack"] if how.repack is False else []
+        if how.flash_attention is not None:
+            words += ["--flash-attn", "on" if how.flash_attention else "off"]
         words += ["--cache-type-k", how.kv_type, "--cache-type-v", how.kv_type] if how.kv_type else []
         return words + [word for one in adapters for word in ("--lora-scaled", f"{one.path}:{one.scale}")]
 

@@ -20,7 +20,15 @@ from edgeft.plugins import AdapterScale, LoadOptions
 from .json_grammar import schema_to_grammar
 from .llama_answer import Answer, Logprobs
 from .llama_api import Batch, Library, SamplerChainParams, Token, abort_function, scored_batch
-from .llama_load import cache_bytes, llama_choices, load_model, make_context, metadata
+from .llama_load import (
+    cache_bytes,
+    llama_choices,
+    load_model,
+    make_context,
+    metadata,
+    repacking,
+    uses_flash_attention,
+)
 from .llama_prompt_state import PromptState
 from .llama_state import common, fingerprint
 from .prompt_lookup import PromptLookup
@@ -50,17 +58,19 @@ class LlamaSession(ClosingSession):
         self._turn = 0
         self._flag = ctypes.create_string_buffer(2)
         check_loadable(path)
-        self._model = load_model(library, path, options)
+        flash = uses_flash_attention(options, flash_attention)
+        repack = repacking(library, path, options)
+        self._model = load_model(library, path, options, repack=repack.value == "on")
         self._vocab = library.llama_model_get_vocab(self._model)
         self._composes = metadata(library, self._model, "tokenizer.ggml.pre") in _COMPOSING
-        self._ctx = make_context(library, self._model, options, path, flash_attention)
+        self._ctx = make_context(library, self._model, options, path, flash)
         self._memory = library.llama_get_memory(self._ctx)
         self.context = int(library.llama_n_ctx(self._ctx)) // options.parallel
         self.cache_bytes = cache_bytes(library, self._model, self.context, options.kv_type) * options.parallel
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocab))
         self._batch, self._guesses = options.batch, self._can_guess(options)
-        self.choices = llama_choices(library, options, flash_attention)
-        self._state = PromptState(options.state, self._about(options, flash_attention) if options.state else {})
+        self.choices = llama_choices(options, repack, flash)
+        self._state = PromptState(options.state, self._about(options, flash) if options.state else {})
 
     def close(self) -> None:
         """Free the model and everything that belongs to it. Calling it again does nothing."""

@@ -13,7 +13,9 @@ for flag in ("port", "ctx-size", "threads", "threads-batch", "batch-size", "ubat
     parser.add_argument(f"--{flag}", type=int)
 for flag in ("cache-type-k", "cache-type-v"):
     parser.add_argument(f"--{flag}", choices=("f16", "q8_0"), default="f16")
-parser.add_argument("--no-mmap", action="store_true")
+for flag in ("no-mmap", "no-repack"):
+    parser.add_argument(f"--{flag}", action="store_true")
+parser.add_argument("--flash-attn", choices=("on", "off"))
 parser.add_argument("--lora-scaled", action="append", default=[])
 asked = parser.parse_args()
 
@@ -29,6 +31,13 @@ params.n_ubatch = asked.ubatch_size
 params.n_parallel = asked.parallel
 kinds = {"f16": xllamacpp.ggml_type.GGML_TYPE_F16, "q8_0": xllamacpp.ggml_type.GGML_TYPE_Q8_0}
 params.cache_type_k, params.cache_type_v = kinds[asked.cache_type_k], kinds[asked.cache_type_v]
+if asked.no_mmap:
+    params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
+params.no_extra_bufts = asked.no_repack
+if asked.flash_attn:
+    attention = xllamacpp.llama_flash_attn_type
+    off, on = attention.LLAMA_FLASH_ATTN_TYPE_DISABLED, attention.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.flash_attn_type = on if asked.flash_attn == "on" else off
 params.endpoint_props = True
 if key := os.environ.get("LLAMA_API_KEY"):
     params.api_keys = [key]

@@ -176,7 +176,11 @@ def test_a_state_in_one_type_is_not_read_into_another(load: Load, circle: Path, 
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("option", [{"kv_type": "q8_0"}, {"lookup": True}], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [{"kv_type": "q8_0"}, {"lookup": True}, {"mmap": False}, {"repack": False}, {"flash_attention": True}],
+    ids=str,
+)
 def test_a_runtime_without_a_lever_refuses_it(option: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "m.echo.json").write_text("{}")
     with pytest.raises(UsageError, match="echo"):
@@ -272,6 +276,35 @@ def test_the_settings_are_printed_with_their_reasons(circle: Path, capsys: pytes
     err = capsys.readouterr().err
     assert "kv-type: q8_0 (asked for)" in err and "flash attention: on (only it reads quantized values)" in err
     assert "lookup: off (" in err and "threads: " in err and "overflow: refuse (" in err
+
+
+def test_every_way_to_load_gives_the_same_answer(load: Load, circle: Path) -> None:
+    ways: list[dict[str, Any]] = [{}, {"mmap": False}, {"repack": False}, {"flash_attention": True}]
+    said = []
+    for way in [*ways, {"flash_attention": False}]:
+        with load(circle, **way) as session:
+            said.append(
+                "".join(delta.text for delta in session.generate(session.tokenize("\na"), Sampling(max_tokens=9)))
+            )
+            told = {choice.name.replace(" ", "_"): choice for choice in session.choices}
+            for name, value in way.items():
+                assert (told[name].value, told[name].reason) == ("on" if value else "off", "asked for")
+    assert set(said) == {"bcdefghab"}
+
+
+def test_quantized_values_need_flash_attention(load: Load, circle: Path) -> None:
+    with pytest.raises(UsageError, match="quantized"):
+        load(circle, kv_type="q8_0", flash_attention=False)
+
+
+def test_weights_stay_as_they_are_where_a_copy_has_no_room(
+    load: Load, circle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = circle.stat().st_size - 1
+    monkeypatch.setattr("edgeft.runtimes.llama_load.available_bytes", lambda: room)
+    with load(circle, context=32) as session:
+        told = next(choice for choice in session.choices if choice.name == "repack")
+    assert told.value == "off" and "does not fit" in told.reason
 
 
 def test_a_head_that_is_no_whole_block_is_an_error(load: Load, tmp_path: Path) -> None:

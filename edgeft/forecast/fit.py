@@ -110,9 +110,9 @@ def _notes(facts: ModelFacts, device: DeviceProfile, settings: Settings) -> list
     if settings.context > facts.context:
         notes.append(f"the model was trained for {facts.context} tokens, not {settings.context}")
     if not settings.mmap:
-        notes.append("load without mmap: the file's pages and the repacked copy do not fit together")
+        notes.append("--mmap off: the file's pages and the repacked copy do not fit together")
     if not settings.repack:
-        notes.append("load without repacked weights: their copy does not fit, and prompts take longer")
+        notes.append("--repack off: a copy in the faster order does not fit, and prompts take longer")
     if not device.runtime and _needs_dot_products(device):
         notes.append("needs a llama.cpp with dot-product kernels: PyPI's aarch64 wheel of xllamacpp has none")
     return notes
