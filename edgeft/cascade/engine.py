@@ -256,18 +256,19 @@ class _Turn:
 
     def _keeps(self, answer: DeviceAnswer, text: str) -> tuple[bool, str]:
         cascade, record = self.cascade, self.record
-        record.features = loggable(answer.features())
+        found = answer.features()
+        record.features = loggable(found)
         record.confidence = answer.confidence
         if not answer.tokens and not cascade.policy.extra:
             return True, "the runtime gives no probabilities"
-        evidence = self._evidence(answer, text)
+        evidence = self._evidence(answer, text, found)
         risk = cascade.policy.risk(evidence)
         record.risk, record.threshold = risk, cascade.threshold
         keep = risk <= cascade.threshold
         return keep, f"{cascade.policy.name}: risk {risk:.3g} {'at most' if keep else 'above'} {cascade.threshold:.3g}"
 
-    def _evidence(self, answer: DeviceAnswer, text: str) -> Evidence:
-        evidence = Evidence(text, answer.tokens, answer.features(), vector=self.cascade.vector(self.messages))
+    def _evidence(self, answer: DeviceAnswer, text: str, found: Mapping[str, float]) -> Evidence:
+        evidence = Evidence(text, answer.tokens, found, vector=self.cascade.vector(self.messages))
         session, extra = self.cascade.opened.session, self.cascade.policy.extra
         if extra == "samples":
             count = self.cascade.settings.policy.samples
