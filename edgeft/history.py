@@ -216,13 +216,18 @@ class History:
         if not words:
             return []
         rows = self._execute(
-            f"SELECT conversations.id, {_TITLE}, role, snippet(messages_text, 0, '«', '»', '…', 12)"
+            "SELECT conversation, role, snippet(messages_text, 0, '«', '»', '…', 12)"
             " FROM messages_text JOIN messages ON messages.id = messages_text.rowid"
-            " JOIN conversations ON conversations.id = conversation"
             " WHERE messages_text MATCH ? AND NOT withdrawn ORDER BY rank LIMIT ?",
             (words, limit),
         )
-        return [Found(*row) for row in rows]
+        # A title may be the first thing said: found once for each conversation, not for each of its messages.
+        titles = {number: self._title(number) for number in {row[0] for row in rows}}
+        return [Found(conversation, titles[conversation], role, snippet) for conversation, role, snippet in rows]
+
+    def _title(self, conversation: int) -> str:
+        rows = self._execute(f"SELECT {_TITLE} FROM conversations WHERE id = ?", (conversation,))
+        return str(rows[0][0])
 
     def conversation(self, number: int) -> StoredConversation:
         """Raises: UsageError when there is none of that number."""

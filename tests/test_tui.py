@@ -12,10 +12,14 @@ from pathlib import Path
 
 import click
 import pytest
+from textual import events
+from textual.app import App, ComposeResult
 from textual.pilot import Pilot
-from textual.widgets import DataTable, Input, Markdown, Static, Tabs, TextArea
+from textual.widgets import DataTable, Input, Markdown, SelectionList, Static, Tabs, TextArea
 
 from edgeft import jobs
+from edgeft.artifact import Manifest, write_manifest
+from edgeft.chat import Sampling
 from edgeft.cli.main import VERBS, cli
 from edgeft.history import History
 from edgeft.item import KINDS, Item
@@ -26,9 +30,11 @@ from edgeft.tui.app import EdgeftApp
 from edgeft.tui.chat import ChatScreen
 from edgeft.tui.forms import FormScreen, arguments, fields, find_command, values_of
 from edgeft.tui.home import HomeScreen
+from edgeft.tui.inputs import Area, Field
 from edgeft.tui.jobs import JobScreen
 from edgeft.tui.output import OutputScreen
 from edgeft.tui.place import last_chat
+from edgeft.tui.settings import SettingsScreen, State
 from edgeft.tui.talk import Prompt, Said, pieces
 
 ANSWER = "Some **bold** text:\n\n```python\nprint(1)\n```\n"
@@ -409,6 +415,32 @@ def test_settings_hold_from_the_next_message_on(folder: Path) -> None:
     drive(steps)
 
 
+def test_adapters_of_the_folder_are_ticked_and_keep_what_was_typed(folder: Path) -> None:
+    manifest = Manifest("adapter", "gguf-lora", {"F16": 8}, 8, 16.0, 16, "0" * 64, {"reference": "m"})
+    for name in ("a.gguf", "b.gguf"):
+        (folder / name).write_bytes(b"GGUF")
+        write_manifest(folder / name, manifest)
+    wanted = State("", Sampling(), (("a.gguf", 0.5),))
+
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        kept: list[State | None] = []
+        screen = SettingsScreen(wanted)
+        app.push_screen(screen, kept.append)
+        await until(pilot, lambda: screen.is_mounted and screen.query_one("#known", SelectionList).option_count == 2)
+        known, field = screen.query_one("#known", SelectionList), screen.query_one("#adapters", Input)
+        assert known.selected == ["a.gguf"]
+        known.focus()
+        await pilot.press("down", "down", "space")
+        await until(pilot, lambda: field.value == "a.gguf=0.5,b.gguf")
+        await pilot.press("up", "space")
+        await until(pilot, lambda: field.value == "b.gguf")
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: bool(kept))
+        assert kept[0] and kept[0].adapters == (("b.gguf", 1.0),)
+
+    drive(steps)
+
+
 def test_long_answers_are_cut_between_paragraphs_and_never_inside_code() -> None:
     paragraph, code = "word " * 100 + "\n\n", "```python\n" + "print(1)\n\n" * 800 + "```\n\n"
     text = paragraph * 30 + code + paragraph * 30
@@ -455,3 +487,34 @@ def test_a_window_of_a_few_columns_does_not_end_the_program(folder: Path) -> Non
         assert app.screen.query_one(Prompt).text == "x"
 
     drive(steps)
+
+
+@pytest.mark.parametrize("kind", [Field, Area, Prompt])
+def test_keys_that_come_together_are_done_in_their_order(kind: type[Field | Area]) -> None:
+    """As a slow line delivers them: letters in between keys that delete and move."""
+
+    class Typing(App[None]):
+        def compose(self) -> ComposeResult:
+            yield kind(id="field")
+
+    async def main() -> str:
+        async with Typing().run_test() as pilot:
+            field = pilot.app.query_one("#field", kind)
+            field.focus()
+            await pilot.pause()
+            for key, character in (
+                ("a", "a"),
+                ("b", "b"),
+                ("backspace", "\x7f"),
+                ("c", "c"),
+                ("left", None),
+                ("d", "d"),
+            ):
+                pilot.app.post_message(events.Key(key, character))
+            await until(pilot, lambda: len(_text(field)) == 3)
+            return _text(field)
+
+    def _text(field: Field | Area) -> str:
+        return field.value if isinstance(field, Field) else field.text
+
+    assert asyncio.run(main()) == "adc"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from screens import keys
+from test_cascade import closed_port, write_cascade
 from textual.pilot import Pilot
 from textual.widgets import Label, OptionList, Static
 
@@ -217,3 +219,33 @@ def chosen_title(app: EdgeftApp) -> str:
 @pytest.mark.parametrize("more", [["--against", "n", "--resume", "1"], ["--against", "n", "--no-history"]])
 def test_what_the_screen_cannot_do_is_refused_and_not_left_out(more: list[str]) -> None:
     assert isinstance(CliRunner().invoke(cli, ["chat", "m", *more]).exception, UsageError)
+
+
+def test_a_key_says_who_of_a_cascade_answers_and_the_other_side_is_left_alone(folder: Path) -> None:
+    async def main() -> None:
+        async with running((120, 30)) as (app, pilot):
+            screen = await opened(app, pilot, "cascade.toml", "two.echo.json")
+            cascade, plain = screen.sides
+            await pilot.press("f6")
+            await until(pilot, lambda: "asks the device only" in status(cascade))
+            assert "asks" not in status(plain)
+            await say(pilot, "hello")
+            await until(pilot, ended(screen, 2))
+            made = cascade.conversation.messages[-1].made
+            assert made and made["route"]["author"] == "local"
+            assert plain.conversation.messages[-1].content == "the second answer"
+            place = last_chat()
+            assert place and place.by == "device"
+
+    write_cascade(folder, closed_port())
+    asyncio.run(main())
+
+
+def test_without_a_cascade_no_key_asks_who_answers(folder: Path) -> None:
+    async def main() -> None:
+        async with running((120, 30)) as (app, pilot):
+            screen = await opened(app, pilot, "one.echo.json", "two.echo.json")
+            await pilot.press("f6")
+            assert "Who answers" not in keys(screen) and all(side.by == "policy" for side in screen.sides)
+
+    asyncio.run(main())

@@ -75,19 +75,46 @@ async def write_answer(
     return usage
 
 
-def figures(opened: Opened, usage: Usage | None, doing: str) -> list[str]:
-    """For a line of status: the speed of the last answer, or what is being done, and how full the context is."""
+def figures(opened: Opened, usage: Usage | None, doing: str, *, plain: bool = False) -> list[str]:
+    """For a line of status: the speed of the last answer, or what is being done, and how full the context is.
+
+    Args:
+        plain: in words and numbers only, for someone who listens to it.
+    """
     used = usage.prompt_tokens + usage.completion_tokens if usage else 0
     speed = [f"{usage.decode_tokens_per_s:.1f} tokens/s", f"first token {usage.ttft_s * 1000:.0f} ms"] if usage else []
-    return [*([doing] if doing else speed), f"context {used}/{opened.context}{_gauge(used, opened.context)}"]
+    return [*([doing] if doing else speed), f"context {used}/{opened.context}{_gauge(used, opened.context, plain)}"]
 
 
-def _gauge(used: int, context: int) -> str:
+def _gauge(used: int, context: int, plain: bool) -> str:
     """Eighths of the context that are full, and the share in numbers."""
     if not used or not context:
         return ""
     share = min(1.0, used / context)
-    return f" {'█' * round(8 * share):░<8} {share:.0%}" + (" nearly full" if share > 0.9 else "")
+    bar = "" if plain else f" {'█' * round(8 * share):░<8}"
+    return f"{bar} {share:.0%}" + (" nearly full" if share > 0.9 else "")
+
+
+_BY = {"policy": "", "device": "asks the device only", "cloud": "asks the cloud"}
+"""Who of a cascade is to answer, and what the line below says of it."""
+
+
+def next_by(by: str) -> str:
+    """Whom the key asks next: whom the policy chooses, the device, or the cloud. Privacy rules hold all the same."""
+    names = list(_BY)
+    return names[(names.index(by) + 1) % len(names)]
+
+
+def route_state(by: str, offline: bool) -> list[str]:
+    """What the line below says of a cascade."""
+    return [*(["offline: the device answers"] if offline else []), *([_BY[by]] if _BY[by] else [])]
+
+
+def is_offline(conversation: Conversation, *, before: bool) -> bool:
+    """Offline is a state one sees, not a failure: the device answers. As before when the cloud was not asked."""
+    route = (conversation.messages[-1].made or {}).get("route") or {}
+    attempts = route.get("attempts")
+    return attempts[-1] == "offline" if attempts else before
 
 
 def last_usage(conversation: Conversation) -> Usage | None:

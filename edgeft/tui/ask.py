@@ -12,6 +12,8 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static
 
+from edgeft.tui.inputs import Field
+
 
 class Ask(ModalScreen[str | None]):
     """Dismissed with the text, or None."""
@@ -34,7 +36,7 @@ class Ask(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Label(self._title, markup=False)
-            yield Input(self._value)
+            yield Field(self._value)
             yield Static("", classes="command", markup=False)
 
     @on(Input.Changed)

@@ -25,6 +25,7 @@ from edgeft.cascade.tune import at_threshold, moved
 from edgeft.errors import EdgeftError
 from edgeft.paths import write_text
 from edgeft.tui.actions import Action, How, command_line
+from edgeft.tui.inputs import Area, Field
 
 if TYPE_CHECKING:
     from edgeft.cascade.budget import Spent
@@ -187,7 +188,7 @@ def _field(at: int, key: Key) -> Widget:
     if choices:
         options = [(choice, choice) for choice in choices]
         return Select(options, value=value, allow_blank=False, compact=True, id=f"key-{at}")
-    return Input(value, compact=True, id=f"key-{at}")
+    return Field(value, compact=True, id=f"key-{at}")
 
 
 class ThresholdPane(Pane, can_focus=True):
@@ -343,9 +344,9 @@ class PrivacyPane(Pane):
 
     def compose(self) -> ComposeResult:
         yield Label("A message to the cascade:", classes="title")
-        yield TextArea("", id="text", tab_behavior="focus")
+        yield Area("", id="text", tab_behavior="focus")
         yield Label("What would leave the device:", classes="title")
-        yield TextArea("", id="leaves", read_only=True, tab_behavior="focus")
+        yield Area("", id="leaves", read_only=True, tab_behavior="focus")
         yield Static("", id="verdict", classes="command", markup=False)
 
     @property

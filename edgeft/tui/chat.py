@@ -27,9 +27,12 @@ from edgeft.tui.actions import Action, command_line
 from edgeft.tui.answer import (
     close_history,
     figures,
+    is_offline,
     last_usage,
     lasting,
+    next_by,
     open_history,
+    route_state,
     run_settings,
     sampling_of_config,
     store_again,
@@ -49,8 +52,6 @@ DRAFT_S = 0.5
 """From a key to the disk: the most typing that a killed process can lose."""
 TOO_LATE_S = 1.0
 """Esc so soon after the end of an answer meant to stop it, not to leave."""
-BY = {"policy": "", "device": "asks the device only", "cloud": "asks the cloud"}
-"""Who of a cascade is to answer, and what the line below says of it."""
 
 
 class ChatScreen(Screen[None]):
@@ -243,7 +244,7 @@ to copy, edit or branch at any of them."""
             self._usage, self._ended = usage, time.monotonic()
             self._store_again()
             if usage is not None:
-                self._look_at_cloud()
+                self._offline = is_offline(conversation, before=self._offline)
                 self._status()
 
     async def _give_back(self) -> None:
@@ -259,12 +260,6 @@ to copy, edit or branch at any of them."""
         """A message and all that came after it."""
         for _ in range(await self._view.take_back(said)):
             self._keep(lambda: self.conversation.withdraw(self.conversation.messages[-1].role))
-
-    def _look_at_cloud(self) -> None:
-        """Offline is a state one sees, not a failure: the device answers."""
-        route = (self.conversation.messages[-1].made or {}).get("route") or {}
-        if attempts := route.get("attempts"):
-            self._offline = attempts[-1] == "offline"
 
     def _keep(self, store: Callable[[], object]) -> None:
         """Write to the history; while that fails the conversation goes on unstored, and says so once."""
@@ -492,8 +487,7 @@ to copy, edit or branch at any of them."""
 
     def action_by(self) -> None:
         """Of a cascade: whom the policy chooses, the device, or the cloud. Privacy rules hold all the same."""
-        names = list(BY)
-        self._by = names[(names.index(self._by) + 1) % len(names)]
+        self._by = next_by(self._by)
         self._status()
 
     # --- The line below -------------------------------------------------------
@@ -501,12 +495,17 @@ to copy, edit or branch at any of them."""
     def _status(self, doing: str = "") -> None:
         """What changes comes first: a narrow window cuts the end."""
         opened = self._opened
-        parts = figures(opened, self._usage, doing) if opened else [doing] if doing else []
+        parts = (
+            figures(opened, self._usage, doing, plain=self.app.has_class("plain"))
+            if opened
+            else [doing]
+            if doing
+            else []
+        )
         parts.append(Path(self.model).name)
         if opened:
             parts.append(opened.runtime)
-            parts[:0] = [BY[self._by]] if BY[self._by] else []
-            parts[:0] = ["offline: the device answers"] if self._offline else []
+            parts[:0] = route_state(self._by, self._offline)
         if self.conversation.id:
             parts.append(f"conversation {self.conversation.id}")
         with contextlib.suppress(NoMatches):  # the screen is closing

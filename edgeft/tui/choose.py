@@ -15,6 +15,7 @@ from textual.widgets import Input, Label, OptionList
 from textual.widgets.option_list import Option
 
 from edgeft.tui.actions import Action
+from edgeft.tui.inputs import Field
 
 
 class Choose(ModalScreen[Action | None]):
@@ -37,7 +38,7 @@ what has the words that one types; **Esc** shows all again, or goes back."""
         with Vertical(classes="dialog") as dialog:
             dialog.border_subtitle = "Enter: do it · c: copy its command · /: filter"
             yield Label(self._title, markup=False)
-            yield Input(placeholder="filter", id="filter")
+            yield Field(placeholder="filter", id="filter")
             yield OptionList(*map(_option, self._actions))
 
     def on_mount(self) -> None:

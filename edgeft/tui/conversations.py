@@ -14,6 +14,7 @@ from textual.widgets import DataTable, Input
 
 from edgeft.errors import EdgeftError
 from edgeft.history import History
+from edgeft.tui.inputs import Field
 
 LIMIT = 200
 
@@ -35,7 +36,7 @@ class ConversationsScreen(ModalScreen[int | None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
-            yield Input(placeholder="words to look for; F2 names the chosen conversation so")
+            yield Field(placeholder="words to look for; F2 names the chosen conversation so")
             yield DataTable[str](cursor_type="row")
 
     def on_mount(self) -> None:

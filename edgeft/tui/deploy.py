@@ -19,6 +19,7 @@ from edgeft.errors import EdgeftError
 from edgeft.jobs import Event, Job
 from edgeft.tui.actions import Action, How, command_line
 from edgeft.tui.forms import arguments, find_command, values_of
+from edgeft.tui.inputs import Field
 from edgeft.tui.output import run_command
 from edgeft.tui.workflows import application
 
@@ -66,13 +67,13 @@ before. **F2** has every option: a key to log in with, how many may fail, the pu
         yield Static("", id="line", classes="command", markup=False)
         with Horizontal(classes="ask"):
             yield Label("bundle")
-            yield Input(str(self._values.get("bundle", "")), id="bundle", compact=True)
+            yield Field(str(self._values.get("bundle", "")), id="bundle", compact=True)
         with Horizontal(classes="ask"):
             yield Label("devices")
             addresses = str(self._values.get("addresses", "")).replace(",", " ")
-            yield Input(addresses, id="addresses", compact=True, placeholder="user@host …")
+            yield Field(addresses, id="addresses", compact=True, placeholder="user@host …")
             yield Label("fleet")
-            yield Input(str(self._values.get("inventory", "")), id="inventory", compact=True, placeholder="file.toml")
+            yield Field(str(self._values.get("inventory", "")), id="inventory", compact=True, placeholder="file.toml")
         yield Static("", id="state", classes="command", markup=False)
         yield DataTable[str](cursor_type="row", id="devices", zebra_stripes=True)
         yield DataTable[str](cursor_type="row", id="versions")

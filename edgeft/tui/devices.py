@@ -16,6 +16,7 @@ from textual.worker import get_current_worker
 
 from edgeft.errors import EdgeftError
 from edgeft.tui.actions import command_line
+from edgeft.tui.inputs import Field
 
 if TYPE_CHECKING:
     from edgeft.device import DeviceProfile
@@ -131,10 +132,10 @@ each device, the best file that export can make of a checkpoint. **F4** measures
         yield Static("", id="line", classes="command", markup=False)
         with Horizontal(classes="ask"):
             yield Label("model")
-            yield Input(self.question.model, id="model", compact=True, placeholder="file, run or name")
+            yield Field(self.question.model, id="model", compact=True, placeholder="file, run or name")
             yield Label("context")
             context = str(self.question.context or "")
-            yield Input(context, id="context", compact=True, type="integer", placeholder="usual")
+            yield Field(context, id="context", compact=True, type="integer", placeholder="usual")
             yield Label("cache")
             yield Select(
                 [(name, name) for name in CACHES], value=self.question.kv_type, allow_blank=False, id="kv", compact=True

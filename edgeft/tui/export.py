@@ -16,6 +16,7 @@ from textual.widgets import DataTable, Footer, Input, Label, Static, TabbedConte
 
 from edgeft.tui.actions import Action, How, command_line
 from edgeft.tui.forms import arguments, find_command, values_of
+from edgeft.tui.inputs import Field
 from edgeft.tui.output import run_command
 from edgeft.tui.workflows import application
 
@@ -60,7 +61,7 @@ command: an adapter, a size to fit, an importance matrix."""
         yield Static("", id="line", classes="command", markup=False)
         with Horizontal(classes="ask"):
             yield Label("run or model")
-            yield Input(str(self._values.get("model", "")), id="model", compact=True)
+            yield Field(str(self._values.get("model", "")), id="model", compact=True)
         yield DataTable[str](cursor_type="row", id="targets")
         yield Static("", id="sum", classes="command", markup=False)
         with TabbedContent(*PANES):

@@ -15,6 +15,7 @@ from textual.suggester import SuggestFromList
 from textual.widgets import Button, Checkbox, Collapsible, Footer, Input, Label, Select, Static, TextArea
 
 from edgeft.tui.actions import command_line
+from edgeft.tui.inputs import Area, Field
 from edgeft.tui.output import run_command
 from edgeft.tui.workflows import application
 
@@ -131,7 +132,7 @@ a job, which goes on when this screen closes. **F3** copies it. **Tab** goes to 
                 with Collapsible(title=f"More ({len(rest)})"):
                     for parameter in rest:
                         yield from self._field(parameter)
-        yield TextArea("", read_only=True, soft_wrap=False, id="plan")
+        yield Area("", read_only=True, soft_wrap=False, id="plan")
         with Horizontal(id="buttons"):
             if self._plans:
                 yield Button("Plan", id="do-plan", compact=True)
@@ -157,7 +158,7 @@ a job, which goes on when this screen closes. **F3** copies it. **Tab** goes to 
             known = value if any(value == choice for _, choice in choices) else Select.NULL
             yield Select(choices, value=known, id=identity, prompt="default", compact=True)
         else:
-            yield Input(str(value or ""), id=identity, placeholder=parameter.metavar or "", compact=True)
+            yield Field(str(value or ""), id=identity, placeholder=parameter.metavar or "", compact=True)
 
     def on_mount(self) -> None:
         self.query_one("#plan").display = False

@@ -15,6 +15,7 @@ from edgeft.item import KINDS, Item
 from edgeft.tui import place
 from edgeft.tui.actions import Action, actions, first_steps, general
 from edgeft.tui.choose import Choose
+from edgeft.tui.inputs import Field
 
 ALL = "all"
 REFRESH_S = 3.0
@@ -53,7 +54,7 @@ something new: training, an export, a data set. **/** filters by any word. **←
         yield Tabs(*(Tab(name, id=name) for name in (ALL, *KINDS)))
         yield DataTable[str](cursor_type="row", zebra_stripes=True)
         yield Static(_welcome(), id="welcome", markup=False)
-        yield Input(placeholder="filter", id="filter")
+        yield Field(placeholder="filter", id="filter")
         yield Static("", id="next", classes="command", markup=False)
         yield Footer(show_command_palette=False, compact=True)
 

@@ -16,6 +16,7 @@ from textual.screen import Screen
 from textual.widgets import Footer, Static, TextArea
 
 from edgeft.tui.actions import command_line
+from edgeft.tui.inputs import Area
 
 
 async def run_command(command: Sequence[str], columns: int = 200) -> tuple[int, str, str]:
@@ -56,7 +57,7 @@ class OutputScreen(Screen[None]):
 
     def compose(self) -> ComposeResult:
         yield Static(f"$ {command_line(self.command)}", classes="command", markup=False)
-        yield TextArea("…", read_only=True, soft_wrap=False, id="output")
+        yield Area("…", read_only=True, soft_wrap=False, id="output")
         yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:

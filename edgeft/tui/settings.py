@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from textual import on
+from rich.text import Text
+from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import Button, Input, Label, TextArea
+from textual.widgets import Button, Input, Label, SelectionList, TextArea
+from textual.widgets.selection_list import Selection
 
 from edgeft import config
 from edgeft.chat import SAMPLING, Sampling
+from edgeft.tui.inputs import Area, Field
+from edgeft.tui.workflows import application
 
 FIELDS = tuple(name.replace("-", "_") for name in SAMPLING)
 
@@ -34,7 +39,8 @@ class SettingsScreen(ModalScreen["State | None"]):
         Binding("escape", "dismiss(None)", "Back"),
         Binding("ctrl+s", "keep", "Keep"),
     ]
-    HELP = "What holds from the next message on. **Ctrl+S** keeps it, **Esc** leaves everything as it was."
+    HELP = """What holds from the next message on. Adapters that are in this folder can be ticked with **Space**; a
+scale is typed behind the name. **Ctrl+S** keeps it, **Esc** leaves everything as it was."""
 
     def __init__(self, state: State) -> None:
         super().__init__()
@@ -44,13 +50,38 @@ class SettingsScreen(ModalScreen["State | None"]):
         keys = {key.name: key for key in config.SCHEMA}
         with VerticalScroll(classes="dialog"):
             yield Label("system prompt")
-            yield TextArea(self._state.system, id="system", tab_behavior="focus")
+            yield Area(self._state.system, id="system", tab_behavior="focus")
             yield Label("adapters, as FILE or FILE=SCALE, separated by commas")
-            yield Input(",".join(f"{name}={scale:g}" for name, scale in self._state.adapters), id="adapters")
+            yield Field(",".join(f"{name}={scale:g}" for name, scale in self._state.adapters), id="adapters")
+            yield SelectionList[str](id="known", compact=True)
             for name in FIELDS:
                 yield Label(f"{name.replace('_', '-')}: {keys['run.' + name.replace('_', '-')].help}", markup=False)
-                yield Input(f"{getattr(self._state.sampling, name):g}", id=name, type="number")
+                yield Field(f"{getattr(self._state.sampling, name):g}", id=name, type="number")
             yield Button("Keep", variant="primary")
+
+    def on_mount(self) -> None:
+        self.query_one("#known").display = False
+        self._offer()
+
+    @work
+    async def _offer(self) -> None:
+        """The adapters that are here, to choose from."""
+        from edgeft.inventory import inventory
+
+        items = await asyncio.to_thread(inventory, application(self).folder)
+        names = [item.name for item in items if item.kind == "adapter"]
+        known = self.query_one("#known", SelectionList)
+        chosen = {name for name, _ in self._state.adapters}
+        known.add_options(Selection(Text(name), name, name in chosen) for name in names)
+        known.display = bool(names)
+
+    @on(SelectionList.SelectionToggled)
+    def _toggled(self, event: SelectionList.SelectionToggled[str]) -> None:
+        """What is typed decides; choosing writes it there."""
+        name, field = event.selection.value, self.query_one("#adapters", Input)
+        typed = [word.strip() for word in field.value.split(",") if word.strip()]
+        others = [word for word in typed if word.rpartition("=")[0] != name and word != name]
+        field.value = ",".join(others if len(others) < len(typed) else [*typed, name])
 
     @on(Button.Pressed)
     def action_keep(self) -> None:

@@ -27,9 +27,12 @@ from edgeft.tui.actions import command_line
 from edgeft.tui.answer import (
     close_history,
     figures,
+    is_offline,
     last_usage,
     lasting,
+    next_by,
     open_history,
+    route_state,
     run_settings,
     sampling_of_config,
     store_again,
@@ -52,8 +55,14 @@ class Side(Vertical):
         adapters: Sequence[tuple[str, float]],
         history: History | None,
         resume: int | None,
+        by: str = "policy",
     ) -> None:
+        """
+        Args:
+            by: who of a cascade is to answer.
+        """
         super().__init__(id=f"side-{number}")
+        self.by, self._offline = by, False
         self.number, self.model, self.adapters = number, model, list(adapters)
         self.process = ModelProcess()
         self.opened: Opened | None = None
@@ -115,7 +124,7 @@ class Side(Vertical):
     def hand_over(self, draft: str) -> ChatScreen:
         """A screen that goes on with this conversation and its loaded model."""
         process, self.process = self.process, ModelProcess()
-        return ChatScreen(self.model, self.adapters, self.conversation.id, process, self.opened, draft)
+        return ChatScreen(self.model, self.adapters, self.conversation.id, process, self.opened, draft, self.by)
 
     @work(exclusive=True, group="load")
     async def _load(self) -> None:
@@ -142,6 +151,7 @@ class Side(Vertical):
         except EdgeftError as error:
             self._failed(error)
             return False
+        self.screen.refresh_bindings()
         if not self.conversation.runtime:
             self.conversation.runtime, self.conversation.system = self.opened.runtime, self.opened.system
         self._status()
@@ -156,14 +166,23 @@ class Side(Vertical):
         await self._view.add(said)
         self._usage = None
         try:
-            events = self.process.generate(self.conversation.prompt()[:-1], sampling)
+            events = self.process.generate(self.conversation.prompt()[:-1], sampling, self.by)
             self._usage = await write_answer(events, said, self.conversation, self._keep, self._status)
+            self._offline = is_offline(self.conversation, before=self._offline)
             self._status()
         except EdgeftError as error:
             self._failed(error)
         finally:
             self.ended = time.monotonic()
             self._store_again()
+
+    @property
+    def cascade(self) -> bool:
+        return bool(self.opened and self.opened.cascade)
+
+    def ask(self, by: str) -> None:
+        self.by = by
+        self._status()
 
     def _keep(self, store: Callable[[], object]) -> None:
         """Write to the history; while that fails this side goes on unstored, and says so once."""
@@ -189,9 +208,9 @@ class Side(Vertical):
         self.notify(error.hint or "", title=title, severity="error", timeout=15, markup=False)
 
     def _status(self, doing: str = "") -> None:
-        parts = figures(self.opened, self._usage, doing) if self.opened else [doing]
+        parts = figures(self.opened, self._usage, doing, plain=self.app.has_class("plain")) if self.opened else [doing]
         if self.opened:
-            parts.append(self.opened.runtime)
+            parts = [*route_state(self.by, self._offline), *parts, self.opened.runtime]
         with contextlib.suppress(NoMatches):  # the screen is closing
             self.query_one(".status", Static).update(" · ".join(parts))
 
@@ -204,13 +223,14 @@ class SideBySideScreen(Screen[None]):
         Binding("escape", "stop", "Stop / back"),
         Binding("f8", "keep(1)", "Go on with 1"),
         Binding("f9", "keep(2)", "Go on with 2"),
+        Binding("f6", "by", "Who answers", priority=True),
         Binding("f3", "copy_command", "Copy command"),
     ]
     HELP = """One prompt, two answers. **Enter** sends to both; **Esc** stops both and keeps what is there.
 
 **F8** goes on with the first model alone, **F9** with the second. Each model has a conversation of its own: the other
 one stays in the history too (**Ctrl+O** in a chat). Both compute at the same time, so each is slower than it would be
-alone."""
+alone. Of a cascade **F6** asks whom its policy chooses, the device, or the cloud."""
 
     def __init__(self, place: ChatPlace) -> None:
         super().__init__()
@@ -221,8 +241,8 @@ alone."""
     def compose(self) -> ComposeResult:
         at = self._begin
         with Container(id="sides"):
-            yield Side(1, at.model, at.adapters, self._history, at.conversation)
-            yield Side(2, at.against, (), self._history, at.other)
+            yield Side(1, at.model, at.adapters, self._history, at.conversation, at.by)
+            yield Side(2, at.against, (), self._history, at.other, at.by)
         yield Prompt(id="prompt")
         yield Footer(show_command_palette=False, compact=True)
 
@@ -258,6 +278,17 @@ alone."""
         self._keep_place()
         for side in self.sides:
             side.answer()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return action != "by" or any(side.cascade for side in self.sides)
+
+    def action_by(self) -> None:
+        """Of the cascades among them; both of two are asked the same way."""
+        cascades = [side for side in self.sides if side.cascade]
+        wanted = next_by(cascades[0].by)
+        for side in cascades:
+            side.ask(wanted)
+        self._keep_place()
 
     def action_stop(self) -> None:
         if self.answering:
@@ -309,6 +340,7 @@ alone."""
                 draft,
                 lasting(second.model),
                 second.conversation.id,
+                next((side.by for side in self.sides if side.cascade), "policy"),
             )
         )
 

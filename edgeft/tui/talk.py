@@ -15,10 +15,11 @@ from textual.containers import Vertical, VerticalScroll
 from textual.css.query import NoMatches
 from textual.message import Message
 from textual.widget import MountError
-from textual.widgets import Label, Markdown, Static, TextArea
+from textual.widgets import Label, Markdown, Static
 
 from edgeft.conversation_file import code_blocks, said_of
 from edgeft.history import StoredMessage
+from edgeft.tui.inputs import Area
 
 PIECE = 2_000
 """Characters of a Markdown widget about: with every word that comes, a widget is laid out anew as a whole."""
@@ -27,7 +28,7 @@ PAINTED_S = 1.0
 _FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 
 
-class Prompt(TextArea):
+class Prompt(Area):
     """Enter sends; Shift+Enter, Alt+Enter and Ctrl+J begin a new line, because terminals swallow one or another."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -54,8 +55,6 @@ class Prompt(TextArea):
             event.stop()
             if self.text.strip():
                 self.post_message(self.Sent(self.text.strip()))
-            return
-        await super()._on_key(event)
 
     def action_newline(self) -> None:
         self.insert("\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from textual.screen import Screen
@@ -20,7 +20,7 @@ Start = Callable[[Sequence[str]], None]
 """Begins a command as a job and shows it."""
 
 
-def application(screen: Screen[None]) -> EdgeftApp:
+def application(screen: Screen[Any]) -> EdgeftApp:
     """The application that a screen belongs to, with what it can do."""
     from edgeft.tui.app import EdgeftApp
 
