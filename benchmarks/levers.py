@@ -9,7 +9,7 @@ default.
 
 * Loading another way than by default: prefill of a short and of a long prompt and of a question that follows the long
   one, decoding after each, seconds to load, and the memory that is the process's own (RssAnon) afterwards. Repacking
-  shows in Q4_0 and Q4_K files.
+  shows in Q4_0 and Q4_K files, on ARM in others too.
 * Keys and values in q8_0: the bytes of one token's as llama.cpp reports them, and the mean KL divergence over a text.
 * Prompt lookup against none, by kind of task; an answer counts as the same when the texts are equal.
 * A chat that outgrew its context, turn by turn: how long the first token takes when as few turns as possible are left

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -320,16 +321,21 @@ class RuntimeConformance:
         answer = Answer(list(session.generate(fitted.prompt, _SOME)))
         assert (answer.usage.finish_reason, answer.usage.completion_tokens) == ("length", 16)
 
-    def test_what_a_runtime_does_not_do_with_its_cache_is_refused(self, subject: Subject) -> None:
+    def test_levers_that_a_runtime_lacks_are_refused(self, subject: Subject) -> None:
         kinds, guesses = getattr(subject.plugin, "kv_types", ()), getattr(subject.plugin, "lookup", False)
         if "q8_0" not in kinds:
             refused(UsageError, lambda: plugins.check_levers(subject.plugin, LoadOptions(kv_type="q8_0")))
         if not guesses:
             refused(UsageError, lambda: plugins.check_levers(subject.plugin, LoadOptions(lookup=True)))
+        ways = getattr(subject.plugin, "loading", ())
+        for name in {"mmap", "repack", "flash_attention"}.difference(ways):
+            asked: dict[str, Any] = {name: True}
+            refused(UsageError, partial(plugins.check_levers, subject.plugin, LoadOptions(**asked)))
         levers: dict[str, Any] = {"kv_type": "q8_0" if "q8_0" in kinds else None, "lookup": True if guesses else None}
+        levers |= dict.fromkeys({"mmap", "repack"}.intersection(ways), False)
         with subject.open(subject.artifact) as plain:
             before = ask(plain).text
-        if not any(levers.values()) or subject.artifact.address:
+        if all(value is None for value in levers.values()) or subject.artifact.address:
             return
         with subject.open(**levers) as other:
             assert ask(other).text == before

@@ -39,9 +39,10 @@ def repacking(library: Library, path: Path, options: LoadOptions) -> Choice:
         return _chosen("repack", options.repack, None, "")
     if crashes:
         return Choice("repack", "off", "its AMX kernels crash here")
+    # Which tensors are copied depends on type and processor; the file is the most that it can be.
     size, available = path.stat().st_size, available_bytes()
     if available is not None and size > available:
-        return Choice("repack", "off", f"a copy of {size / 1e6:,.0f} MB does not fit in {available / 1e6:,.0f} MB")
+        return Choice("repack", "off", f"{size / 1e6:,.0f} MB do not fit into {available / 1e6:,.0f} MB twice")
     return Choice("repack", "on", "faster prompts")
 
 
@@ -114,7 +115,7 @@ def _check_memory(library: Library, model: int, options: LoadOptions, path: Path
     if available is not None and needed > available:
         raise ModelError(
             f"a context of {context} tokens for {path} takes {needed / 1e9:.1f} GB; {available / 1e9:.1f} GB are free",
-            "Try a shorter --context, or fewer answers at a time.",
+            "Try a shorter --context, fewer answers at a time, or --repack off.",
         )
 
 

@@ -80,6 +80,8 @@ class LlamaServerRuntime:
         program = find_program()
         if program is None:
             raise MissingDependency("there is no llama-server program", _INSTALL)
+        if options.kv_type == "q8_0" and options.flash_attention is False:
+            raise UsageError("only flash attention reads quantized values", "Leave out --flash-attention or --kv-type.")
         child = Child(program, artifact.path, options)
         try:
             child.start()

@@ -70,7 +70,7 @@ class LlamaSession(ClosingSession):
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocab))
         self._batch, self._guesses = options.batch, self._can_guess(options)
         self.choices = llama_choices(options, repack, flash)
-        self._state = PromptState(options.state, self._about(options, flash) if options.state else {})
+        self._state = PromptState(options.state, self._about(options, flash, repack.value) if options.state else {})
 
     def close(self) -> None:
         """Free the model and everything that belongs to it. Calling it again does nothing."""
@@ -89,7 +89,7 @@ class LlamaSession(ClosingSession):
         """What a user may want to know that changed no answer."""
         return self._state.notes
 
-    def _about(self, options: LoadOptions, flash_attention: bool) -> dict[str, Any]:
+    def _about(self, options: LoadOptions, flash_attention: bool, repack: str) -> dict[str, Any]:
         """What the keys and values of a text depend on, but for the text and the adapters."""
         template = self._lib.llama_model_chat_template(self._model, None) or b""
         return {
@@ -99,6 +99,7 @@ class LlamaSession(ClosingSession):
             "context": self.context,
             "batch": options.batch,
             "flash attention": flash_attention,
+            "repack": repack,
             "kv type": options.kv_type,
         }
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from edgeft.runtimes.llama_api import Library
+from edgeft.runtimes.llama_server import Child
 from edgeft.runtimes.llama_session import LlamaSession
 from edgeft.runtimes.prompt_lookup import LONGEST, ORDER, PromptLookup
 from serving import serving
@@ -278,11 +280,35 @@ def test_the_settings_are_printed_with_their_reasons(circle: Path, capsys: pytes
     assert "lookup: off (" in err and "threads: " in err and "overflow: refuse (" in err
 
 
-def test_every_way_to_load_gives_the_same_answer(load: Load, circle: Path) -> None:
-    ways: list[dict[str, Any]] = [{}, {"mmap": False}, {"repack": False}, {"flash_attention": True}]
-    said = []
-    for way in [*ways, {"flash_attention": False}]:
+def passed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What llama.cpp is told from now on, by the names of llama.h."""
+    told: dict[str, Any] = {}
+
+    def load_(library: Library, file: bytes, params: Any) -> Any:
+        told.update(load_mode=params.load_mode, use_extra_bufts=params.use_extra_bufts)
+        return library._dll.llama_model_load_from_file(file, params)
+
+    def begin(library: Library, loaded: int, params: Any) -> Any:
+        told.update(flash_attn_type=params.flash_attn_type)
+        return library._dll.llama_init_from_model(loaded, params)
+
+    monkeypatch.setattr(Library, "llama_model_load_from_file", load_, raising=False)
+    monkeypatch.setattr(Library, "llama_init_from_model", begin, raising=False)
+    return told
+
+
+def test_every_way_to_load_gives_the_same_answer(load: Load, circle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: list[tuple[dict[str, Any], str, Any]] = [
+        ({}, "load_mode", 1),
+        ({"mmap": False}, "load_mode", 0),
+        ({"repack": False}, "use_extra_bufts", False),
+        ({"flash_attention": True}, "flash_attn_type", 1),
+        ({"flash_attention": False}, "flash_attn_type", 0),
+    ]
+    said, llama = [], passed(monkeypatch)
+    for way, field, value in ways:
         with load(circle, **way) as session:
+            assert llama[field] == value
             said.append(
                 "".join(delta.text for delta in session.generate(session.tokenize("\na"), Sampling(max_tokens=9)))
             )
@@ -290,6 +316,21 @@ def test_every_way_to_load_gives_the_same_answer(load: Load, circle: Path) -> No
             for name, value in way.items():
                 assert (told[name].value, told[name].reason) == ("on" if value else "off", "asked for")
     assert set(said) == {"bcdefghab"}
+
+
+def test_a_server_is_told_how_to_load(circle: Path) -> None:
+    options = LoadOptions(mmap=False, repack=False, flash_attention=True)
+    words = Child(Path("llama-server"), circle, options)._arguments(())
+    assert {"--no-mmap", "--no-repack"} <= set(words) and words[words.index("--flash-attn") + 1] == "on"
+    assert not {"--no-mmap", "--no-repack", "--flash-attn"} & set(
+        Child(Path("x"), circle, LoadOptions())._arguments(())
+    )
+
+
+@pytest.mark.parametrize("option", [{"mmap": True}, {"repack": False}, {"flash_attention": False}], ids=str)
+def test_a_server_that_runs_has_loaded_its_model(option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="already"):
+        open_session("http://127.0.0.1:9", "llama-server", LoadOptions(**option))
 
 
 def test_quantized_values_need_flash_attention(load: Load, circle: Path) -> None:
@@ -300,11 +341,11 @@ def test_quantized_values_need_flash_attention(load: Load, circle: Path) -> None
 def test_weights_stay_as_they_are_where_a_copy_has_no_room(
     load: Load, circle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = circle.stat().st_size - 1
+    room, llama = circle.stat().st_size - 1, passed(monkeypatch)
     monkeypatch.setattr("edgeft.runtimes.llama_load.available_bytes", lambda: room)
     with load(circle, context=32) as session:
         told = next(choice for choice in session.choices if choice.name == "repack")
-    assert told.value == "off" and "does not fit" in told.reason
+    assert told.value == "off" and "do not fit" in told.reason and not llama["use_extra_bufts"]
 
 
 def test_a_head_that_is_no_whole_block_is_an_error(load: Load, tmp_path: Path) -> None:

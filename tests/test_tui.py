@@ -26,6 +26,7 @@ from edgeft.item import KINDS, Item
 from edgeft.jobs.store import read_state
 from edgeft.paths import history_file
 from edgeft.tui.actions import actions, first_steps, general
+from edgeft.tui.answer import in_the_way
 from edgeft.tui.app import EdgeftApp
 from edgeft.tui.chat import ChatScreen
 from edgeft.tui.forms import FormScreen, arguments, fields, find_command, values_of
@@ -431,12 +432,20 @@ def test_adapters_of_the_folder_are_ticked_and_keep_what_was_typed(folder: Path)
         assert known.selected == ["a.gguf"]
         known.focus()
         await pilot.press("down", "down", "space")
-        await until(pilot, lambda: field.value == "a.gguf=0.5,b.gguf")
+        await until(pilot, lambda: field.value == "a.gguf=0.5,b.gguf=1")
         await pilot.press("up", "space")
-        await until(pilot, lambda: field.value == "b.gguf")
+        await until(pilot, lambda: field.value == "b.gguf=1")
+        field.value = ""
+        await pilot.press("down", "space")
+        await until(pilot, lambda: "b.gguf" not in known.selected)
+        assert field.value == ""
+        field.value = "./b.gguf"
+        await pilot.press("space")
+        await until(pilot, lambda: "b.gguf" in known.selected)
+        assert field.value == "./b.gguf"
         await pilot.press("ctrl+s")
         await until(pilot, lambda: bool(kept))
-        assert kept[0] and kept[0].adapters == (("b.gguf", 1.0),)
+        assert kept[0] and kept[0].adapters == (("./b.gguf", 1.0),)
 
     drive(steps)
 
@@ -518,3 +527,24 @@ def test_keys_that_come_together_are_done_in_their_order(kind: type[Field | Area
         return field.value if isinstance(field, Field) else field.text
 
     assert asyncio.run(main()) == "adc"
+
+
+def test_what_is_typed_behind_enter_stays_in_the_prompt(folder: Path) -> None:
+    async def steps(app: EdgeftApp, pilot: Pilot[None]) -> None:
+        screen = await talk(app, pilot, "slow.echo.json")
+        for key in ("a", "enter", "b"):
+            app.post_message(events.Key(key, key if len(key) == 1 else None))
+        prompt = screen.query_one(Prompt)
+        await until(pilot, lambda: len(screen.query(Said)) == 2)
+        assert (screen.query(Said).first(Said).text, prompt.text) == ("a", "b")
+        for key in ("enter", "c"):
+            app.post_message(events.Key(key, key if len(key) == 1 else None))
+        await until(pilot, lambda: prompt.text == "b\nc")  # an answer is being written: it comes back
+        assert len(screen.query(Said)) == 2
+
+    drive(steps)
+
+
+def test_words_are_drawn_when_no_key_waits_for_it() -> None:
+    drawn = [not in_the_way(since) for since in (0.0, 0.02, 0.08, 0.2, 0.4)]
+    assert drawn == [False, True, False, False, True]

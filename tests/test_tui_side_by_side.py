@@ -202,7 +202,7 @@ def test_two_models_are_chosen_from_what_is_there(folder: Path) -> None:
             (action,) = [one for one in app.get_system_commands(app.screen) if one.title == "Two models side by side"]
             action.callback()
             for title, name in (("The first model", "a.gguf"), ("Beside a.gguf", "b.gguf")):
-                await until(pilot, lambda title=title: isinstance(app.screen, Choose) and chosen_title(app) == title)
+                await until(pilot, lambda title=title: asked(app, title))
                 names = [str(one.prompt).split("\n")[0] for one in app.screen.query_one(OptionList).options]
                 await pilot.press(*["down"] * names.index(name), "enter")
             await until(pilot, lambda: isinstance(app.screen, SideBySideScreen) and len(app.screen.query(Side)) == 2)
@@ -212,8 +212,10 @@ def test_two_models_are_chosen_from_what_is_there(folder: Path) -> None:
     asyncio.run(main())
 
 
-def chosen_title(app: EdgeftApp) -> str:
-    return str(app.screen.query(Label).first().render())
+def asked(app: EdgeftApp, title: str) -> bool:
+    """Whether that question is on the screen and hears the keys."""
+    there = isinstance(app.screen, Choose) and isinstance(app.focused, OptionList)
+    return there and str(app.screen.query(Label).first().render()) == title
 
 
 @pytest.mark.parametrize("more", [["--against", "n", "--resume", "1"], ["--against", "n", "--no-history"]])
@@ -241,11 +243,15 @@ def test_a_key_says_who_of_a_cascade_answers_and_the_other_side_is_left_alone(fo
     asyncio.run(main())
 
 
-def test_without_a_cascade_no_key_asks_who_answers(folder: Path) -> None:
+@pytest.mark.parametrize("by", ["policy", "device"])
+def test_without_a_cascade_no_key_asks_who_answers(folder: Path, by: str) -> None:
     async def main() -> None:
         async with running((120, 30)) as (app, pilot):
-            screen = await opened(app, pilot, "one.echo.json", "two.echo.json")
+            screen = SideBySideScreen(ChatPlace("one.echo.json", against="two.echo.json", by=by))
+            app.push_screen(screen)
+            await until(pilot, lambda: len(screen.query(Side)) == 2 and all(side.opened for side in screen.sides))
             await pilot.press("f6")
-            assert "Who answers" not in keys(screen) and all(side.by == "policy" for side in screen.sides)
+            assert "Who answers" not in keys(screen)
+            assert not any("asks" in status(side) for side in screen.sides)
 
     asyncio.run(main())

@@ -16,14 +16,26 @@ from edgeft.history import Conversation, History, open_or_begin_anew
 from edgeft.paths import history_file
 from edgeft.tui.conversation_view import ConversationView
 from edgeft.tui.model import Opened
-from edgeft.tui.talk import Said
+from edgeft.tui.talk import Prompt, Said
 
 FRAME_S = 0.04
 """Words that come sooner after the last ones are drawn with the next: drawing costs milliseconds, a token may not."""
 SHARE = 4
 """Drawing waits so many times as long as it took the last time: four fifths of the time belong to keys."""
 
+TYPING_S = 0.3
+"""So long after a key another one is expected."""
+BETWEEN_S = (0.01, 0.04)
+"""While one types, words are drawn so long after a key: it is on the screen then, and the next one is not there yet."""
+LONGEST_S = 1.0
+"""Then words are drawn all the same."""
+
 Adapters = Sequence[tuple[str, float]]
+
+
+def in_the_way(since_key: float) -> bool:
+    """Whether drawing now could keep a key waiting, so many seconds after the last one."""
+    return since_key < TYPING_S and not BETWEEN_S[0] <= since_key <= BETWEEN_S[1]
 
 
 async def write_answer(
@@ -45,12 +57,13 @@ async def write_answer(
     """
     text, drawn, usage, route = "", 0, None, None
     began = last = time.monotonic()
-    pause = FRAME_S
+    pause, prompt = FRAME_S, said.screen.query_one(Prompt)
     try:
         async for event in events:
             if event["event"] == "text":
                 text += event["text"]
-                if (now := time.monotonic()) - last < pause:
+                now = time.monotonic()
+                if now - last < pause or (now - last < LONGEST_S and in_the_way(now - prompt.typed)):
                     continue
                 await said.grow(text[drawn:])
                 if isinstance(said.parent, ConversationView):

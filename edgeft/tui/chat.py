@@ -209,9 +209,9 @@ to copy, edit or branch at any of them."""
     @on(Prompt.Sent)
     async def _sent(self, event: Prompt.Sent) -> None:
         if self.answering:
+            self.query_one(Prompt).give_back(event.text)
             self.notify("an answer is being written: Esc stops it", severity="warning")
             return
-        self.query_one(Prompt).clear()
         self._retries = 0
         self._keep(lambda: self.conversation.say(event.text))
         self._store_again()
@@ -251,9 +251,7 @@ to copy, edit or branch at any of them."""
         """Left in, a message that got no answer would stand before every later one: it goes back to be sent again."""
         asked = [said for said in self.query(Said) if said.role == "user"][-1]
         await self._take_back(asked)
-        prompt = self.query_one(Prompt)
-        prompt.load_text("\n".join(filter(None, (asked.text, prompt.text))))
-        prompt.move_cursor(prompt.document.end)
+        self.query_one(Prompt).give_back(asked.text)
         self._keep_place()
 
     async def _take_back(self, said: Said) -> None:
@@ -505,7 +503,7 @@ to copy, edit or branch at any of them."""
         parts.append(Path(self.model).name)
         if opened:
             parts.append(opened.runtime)
-            parts[:0] = route_state(self._by, self._offline)
+            parts[:0] = route_state(self._by, self._offline) if opened.cascade else []
         if self.conversation.id:
             parts.append(f"conversation {self.conversation.id}")
         with contextlib.suppress(NoMatches):  # the screen is closing

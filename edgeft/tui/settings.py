@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from rich.text import Text
@@ -71,8 +72,8 @@ scale is typed behind the name. **Ctrl+S** keeps it, **Esc** leaves everything a
         items = await asyncio.to_thread(inventory, application(self).folder)
         names = [item.name for item in items if item.kind == "adapter"]
         known = self.query_one("#known", SelectionList)
-        chosen = {name for name, _ in self._state.adapters}
-        known.add_options(Selection(Text(name), name, name in chosen) for name in names)
+        chosen = {_place(name) for name, _ in self._state.adapters}
+        known.add_options(Selection(Text(name), name, _place(name) in chosen) for name in names)
         known.display = bool(names)
 
     @on(SelectionList.SelectionToggled)
@@ -80,8 +81,12 @@ scale is typed behind the name. **Ctrl+S** keeps it, **Esc** leaves everything a
         """What is typed decides; choosing writes it there."""
         name, field = event.selection.value, self.query_one("#adapters", Input)
         typed = [word.strip() for word in field.value.split(",") if word.strip()]
-        others = [word for word in typed if word.rpartition("=")[0] != name and word != name]
-        field.value = ",".join(others if len(others) < len(typed) else [*typed, name])
+        others = [word for word in typed if not _is(word, name)]
+        ticked = name in event.selection_list.selected
+        if not ticked:
+            field.value = ",".join(others)
+        elif len(others) == len(typed):  # it is not typed yet
+            field.value = ",".join([*typed, f"{name}=1"])
 
     @on(Button.Pressed)
     def action_keep(self) -> None:
@@ -101,6 +106,15 @@ scale is typed behind the name. **Ctrl+S** keeps it, **Esc** leaves everything a
         adapters = tuple(map(_adapter, filter(None, self.query_one("#adapters", Input).value.split(","))))
         system = self.query_one("#system", TextArea).text.strip()
         return State(system, dataclasses.replace(self._state.sampling, **values), adapters)
+
+
+def _place(name: str) -> Path:
+    return Path(name).absolute()
+
+
+def _is(word: str, name: str) -> bool:
+    """Whether what was typed, with a scale or without, is that file."""
+    return _place(name) in (_place(word), _place(word.rpartition("=")[0]))
 
 
 def _adapter(text: str) -> tuple[str, float]:

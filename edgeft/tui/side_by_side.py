@@ -124,7 +124,7 @@ class Side(Vertical):
     def hand_over(self, draft: str) -> ChatScreen:
         """A screen that goes on with this conversation and its loaded model."""
         process, self.process = self.process, ModelProcess()
-        return ChatScreen(self.model, self.adapters, self.conversation.id, process, self.opened, draft, self.by)
+        return ChatScreen(self.model, self.adapters, self.conversation.id, process, self.opened, draft, self._asks)
 
     @work(exclusive=True, group="load")
     async def _load(self) -> None:
@@ -166,7 +166,7 @@ class Side(Vertical):
         await self._view.add(said)
         self._usage = None
         try:
-            events = self.process.generate(self.conversation.prompt()[:-1], sampling, self.by)
+            events = self.process.generate(self.conversation.prompt()[:-1], sampling, self._asks)
             self._usage = await write_answer(events, said, self.conversation, self._keep, self._status)
             self._offline = is_offline(self.conversation, before=self._offline)
             self._status()
@@ -179,6 +179,10 @@ class Side(Vertical):
     @property
     def cascade(self) -> bool:
         return bool(self.opened and self.opened.cascade)
+
+    @property
+    def _asks(self) -> str:
+        return self.by if self.cascade else "policy"
 
     def ask(self, by: str) -> None:
         self.by = by
@@ -210,7 +214,7 @@ class Side(Vertical):
     def _status(self, doing: str = "") -> None:
         parts = figures(self.opened, self._usage, doing, plain=self.app.has_class("plain")) if self.opened else [doing]
         if self.opened:
-            parts = [*route_state(self.by, self._offline), *parts, self.opened.runtime]
+            parts = [*route_state(self._asks, self._offline), *parts, self.opened.runtime]
         with contextlib.suppress(NoMatches):  # the screen is closing
             self.query_one(".status", Static).update(" · ".join(parts))
 
@@ -234,7 +238,7 @@ alone. Of a cascade **F6** asks whom its policy chooses, the device, or the clou
 
     def __init__(self, place: ChatPlace) -> None:
         super().__init__()
-        self._begin = place
+        self._begin, self._by = place, place.by
         self._history, self._trouble = open_history()
         self._place_timer: Timer | None = None
 
@@ -270,9 +274,9 @@ alone. Of a cascade **F6** asks whom its policy chooses, the device, or the clou
     @on(Prompt.Sent)
     async def _sent(self, event: Prompt.Sent) -> None:
         if self.answering:
+            self.query_one(Prompt).give_back(event.text)
             self.notify("answers are being written: Esc stops them", severity="warning")
             return
-        self.query_one(Prompt).clear()
         for side in self.sides:
             await side.say(event.text)
         self._keep_place()
@@ -283,11 +287,10 @@ alone. Of a cascade **F6** asks whom its policy chooses, the device, or the clou
         return action != "by" or any(side.cascade for side in self.sides)
 
     def action_by(self) -> None:
-        """Of the cascades among them; both of two are asked the same way."""
-        cascades = [side for side in self.sides if side.cascade]
-        wanted = next_by(cascades[0].by)
-        for side in cascades:
-            side.ask(wanted)
+        """Both of two cascades are asked the same way; who is none takes no notice."""
+        self._by = next_by(self._by)
+        for side in self.sides:
+            side.ask(self._by)
         self._keep_place()
 
     def action_stop(self) -> None:
@@ -340,7 +343,7 @@ alone. Of a cascade **F6** asks whom its policy chooses, the device, or the clou
                 draft,
                 lasting(second.model),
                 second.conversation.id,
-                next((side.by for side in self.sides if side.cascade), "policy"),
+                self._by,
             )
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -48,13 +49,22 @@ class Prompt(Area):
         super().__init__(
             id=id, soft_wrap=True, show_line_numbers=False, tab_behavior="focus", placeholder="Say something"
         )
+        self.typed = 0.0
+        """When the last key came, by the monotonic clock."""
 
     async def _on_key(self, event: events.Key) -> None:
+        self.typed = time.monotonic()
         if event.key == "enter":
             event.prevent_default()
             event.stop()
             if self.text.strip():
                 self.post_message(self.Sent(self.text.strip()))
+                self.clear()  # here, so that what is typed next belongs to the next message
+
+    def give_back(self, text: str) -> None:
+        """What could not be sent, before what was typed since."""
+        self.load_text("\n".join(filter(None, (text, self.text))))
+        self.move_cursor(self.document.end)
 
     def action_newline(self) -> None:
         self.insert("\n")
