@@ -15,7 +15,7 @@ import pytest
 from textual import events
 from textual.app import App, ComposeResult
 from textual.pilot import Pilot
-from textual.widgets import DataTable, Input, Markdown, SelectionList, Static, Tabs, TextArea
+from textual.widgets import DataTable, Input, Markdown, OptionList, Static, Tabs, TextArea
 
 from edgeft import jobs
 from edgeft.artifact import Manifest, write_manifest
@@ -427,22 +427,24 @@ def test_adapters_of_the_folder_are_ticked_and_keep_what_was_typed(folder: Path)
         kept: list[State | None] = []
         screen = SettingsScreen(wanted)
         app.push_screen(screen, kept.append)
-        await until(pilot, lambda: screen.is_mounted and screen.query_one("#known", SelectionList).option_count == 2)
-        known, field = screen.query_one("#known", SelectionList), screen.query_one("#adapters", Input)
-        assert known.selected == ["a.gguf"]
+        await until(pilot, lambda: screen.is_mounted and screen.query_one("#known", OptionList).option_count == 2)
+        known, field = screen.query_one("#known", OptionList), screen.query_one("#adapters", Input)
+
+        def shown() -> list[str]:
+            return [str(option.prompt) for option in known.options]
+
+        assert shown() == ["[x] a.gguf", "[ ] b.gguf"]
         known.focus()
-        await pilot.press("down", "down", "space")
-        await until(pilot, lambda: field.value == "a.gguf=0.5,b.gguf=1")
-        await pilot.press("up", "space")
-        await until(pilot, lambda: field.value == "b.gguf=1")
-        field.value = ""
         await pilot.press("down", "space")
-        await until(pilot, lambda: "b.gguf" not in known.selected)
-        assert field.value == ""
+        await until(pilot, lambda: shown() == ["[x] a.gguf", "[x] b.gguf"])
+        assert field.value == "a.gguf=0.5,b.gguf=1"
+        await pilot.press("up", "enter")
+        await until(pilot, lambda: shown() == ["[ ] a.gguf", "[x] b.gguf"])
+        assert field.value == "b.gguf=1"
+        field.value = ""
+        await until(pilot, lambda: shown() == ["[ ] a.gguf", "[ ] b.gguf"])
         field.value = "./b.gguf"
-        await pilot.press("space")
-        await until(pilot, lambda: "b.gguf" in known.selected)
-        assert field.value == "./b.gguf"
+        await until(pilot, lambda: shown() == ["[ ] a.gguf", "[x] b.gguf"])
         await pilot.press("ctrl+s")
         await until(pilot, lambda: bool(kept))
         assert kept[0] and kept[0].adapters == (("./b.gguf", 1.0),)

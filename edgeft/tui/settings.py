@@ -14,8 +14,8 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import Button, Input, Label, SelectionList, TextArea
-from textual.widgets.selection_list import Selection
+from textual.widgets import Button, Input, Label, OptionList, TextArea
+from textual.widgets.option_list import Option
 
 from edgeft import config
 from edgeft.chat import SAMPLING, Sampling
@@ -39,6 +39,7 @@ class SettingsScreen(ModalScreen["State | None"]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "Back"),
         Binding("ctrl+s", "keep", "Keep"),
+        Binding("space", "tick", "Tick", show=False),
     ]
     HELP = """What holds from the next message on. Adapters that are in this folder can be ticked with **Space**; a
 scale is typed behind the name. **Ctrl+S** keeps it, **Esc** leaves everything as it was."""
@@ -54,7 +55,7 @@ scale is typed behind the name. **Ctrl+S** keeps it, **Esc** leaves everything a
             yield Area(self._state.system, id="system", tab_behavior="focus")
             yield Label("adapters, as FILE or FILE=SCALE, separated by commas")
             yield Field(",".join(f"{name}={scale:g}" for name, scale in self._state.adapters), id="adapters")
-            yield SelectionList[str](id="known", compact=True)
+            yield OptionList(id="known", compact=True)
             for name in FIELDS:
                 yield Label(f"{name.replace('_', '-')}: {keys['run.' + name.replace('_', '-')].help}", markup=False)
                 yield Field(f"{getattr(self._state.sampling, name):g}", id=name, type="number")
@@ -71,22 +72,38 @@ scale is typed behind the name. **Ctrl+S** keeps it, **Esc** leaves everything a
 
         items = await asyncio.to_thread(inventory, application(self).folder)
         names = [item.name for item in items if item.kind == "adapter"]
-        known = self.query_one("#known", SelectionList)
-        chosen = {_place(name) for name, _ in self._state.adapters}
-        known.add_options(Selection(Text(name), name, _place(name) in chosen) for name in names)
+        known = self.query_one("#known", OptionList)
+        known.add_options(Option(Text(self._ticked(name)), name) for name in names)
         known.display = bool(names)
+        known.highlighted = 0 if names else None
 
-    @on(SelectionList.SelectionToggled)
-    def _toggled(self, event: SelectionList.SelectionToggled[str]) -> None:
-        """What is typed decides; choosing writes it there."""
-        name, field = event.selection.value, self.query_one("#adapters", Input)
-        typed = [word.strip() for word in field.value.split(",") if word.strip()]
-        others = [word for word in typed if not _is(word, name)]
-        ticked = name in event.selection_list.selected
-        if not ticked:
-            field.value = ",".join(others)
-        elif len(others) == len(typed):  # it is not typed yet
-            field.value = ",".join([*typed, f"{name}=1"])
+    @property
+    def _typed(self) -> list[str]:
+        return [word.strip() for word in self.query_one("#adapters", Input).value.split(",") if word.strip()]
+
+    def _ticked(self, name: str) -> str:
+        """Told by letters: a box in another colour says nothing to who sees none."""
+        return f"[{'x' if any(_is(word, name) for word in self._typed) else ' '}] {name}"
+
+    @on(Input.Changed, "#adapters")
+    def _draw(self) -> None:
+        known = self.query_one("#known", OptionList)
+        for at, option in enumerate(known.options):
+            known.replace_option_prompt_at_index(at, Text(self._ticked(str(option.id))))
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return action != "tick" or isinstance(self.focused, OptionList)
+
+    def action_tick(self) -> None:
+        self.query_one("#known", OptionList).action_select()
+
+    @on(OptionList.OptionSelected)
+    def _toggle(self, event: OptionList.OptionSelected) -> None:
+        """What is typed decides; ticking writes it there."""
+        name = str(event.option_id)
+        others = [word for word in self._typed if not _is(word, name)]
+        kept = others if len(others) < len(self._typed) else [*others, f"{name}=1"]
+        self.query_one("#adapters", Input).value = ",".join(kept)
 
     @on(Button.Pressed)
     def action_keep(self) -> None:
