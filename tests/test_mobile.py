@@ -113,9 +113,31 @@ def test_a_step_is_told_without_the_folder_it_writes_to() -> None:
 
 
 @pytest.mark.slow
+def with_outliers(folder: Path) -> Path:
+    """The same model, but one channel of every norm's output is fifty times as large, as trained models have them: one
+    scale for all of a token's activations then leaves little for the others."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    read_by = {
+        "input_layernorm.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "post_attention_layernorm.weight": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+    file, times, channel = folder / "model.safetensors", 50.0, 300
+    weights: dict[str, torch.Tensor] = load_file(file)
+    for name in list(weights):
+        for norm, readers in read_by.items():
+            if name.endswith(norm):
+                weights[name][channel] *= times
+                for reader in readers:
+                    weights[name.removesuffix(norm) + reader + ".weight"][:, channel] /= times
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
 def test_a_rotation_costs_less_than_outliers_do(tmp_path: Path, toolchain_home: Path) -> None:
     need("litert", toolchain_home)
-    hf, kl, size = write_letters(tmp_path / "hf"), {}, {}
+    hf, kl, size = with_outliers(write_letters(tmp_path / "hf", noise=0.1, logit=4.0)), {}, {}
     for target in ("litert-int8", "litert-q8"):
         out = tmp_path / f"{target}.litertlm"
         planned = edgeft(toolchain_home, "export", hf, "--to", target, "--out", out, "--dry-run", "--json")
