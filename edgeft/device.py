@@ -74,6 +74,9 @@ class DeviceProfile:
     """MB/s (1e6) at which a file is read."""
     attention: Figure | None = None
     """GB/s at which keys and values that are kept are gone through, once for every query head."""
+    attention_wide: Figure | None = None
+    """The same where a token's keys are many bytes (`edgeft.forecast.speed.ROWS`), and the heads' parts of them lie far
+    from each other. None: `attention` holds for every width."""
     overhead: Figure | None = None
     """Microseconds per layer and token, whatever its size: small operations, and threads that wait for each other."""
     base: Figure | None = None
@@ -103,7 +106,7 @@ class DeviceProfile:
 _TEXTS = ("name", "title", "architecture", "python", "glibc", "cpu", "system")
 _MAY_BE_EMPTY = ("python", "glibc", "runtime")
 _REQUIRED = ("cores", "decode_threads", "memory", "reserve", "bandwidth", "prefill")
-_OPTIONAL = ("prefill_repacked", "storage", "attention", "overhead", "base")
+_OPTIONAL = ("prefill_repacked", "storage", "attention", "attention_wide", "overhead", "base")
 _FIGURES = (*_REQUIRED, *_OPTIONAL)
 _OTHERS = ("isa", "runtime", "flash_attention", "kernels")
 
@@ -115,6 +118,7 @@ UNITS = {
     "prefill_repacked": "GOPS",
     "storage": "MB/s",
     "attention": "GB/s",
+    "attention_wide": "GB/s",
     "overhead": "µs/layer",
     "base": "bytes",
 }

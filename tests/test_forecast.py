@@ -217,7 +217,7 @@ def test_settings_change_before_a_model_is_refused() -> None:
     found = {at: forecast(LLAMA_3B, board(isa='["asimddp"]', memory=room[at]), 2048) for at in room}
     said = {at: (each.fits, each.settings.mmap, each.settings.repack) for at, each in found.items()}
     assert said == {5: (True, True, True), 4: (True, False, True), 3: (True, False, True), 2: (False, True, False)}
-    assert any("without mmap" in text for text in found[3].notes)
+    assert any("--mmap off" in text for text in found[3].notes)
 
 
 def test_what_does_not_fit_is_refused_with_what_does() -> None:

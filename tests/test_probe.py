@@ -16,12 +16,12 @@ from edgeft.cli.main import main
 from edgeft.device import load_profile, read_profile, write_profile
 from edgeft.forecast.find import find_facts
 from edgeft.forecast.memory import kv_bytes
-from edgeft.forecast.speed import decode, prefill
+from edgeft.forecast.speed import decode, prefill, token_seconds
 from edgeft.models.gguf_check import check_loadable
 from edgeft.probe import measure
 from edgeft.probe.figures import TOKENS, Seen, Timing, profile
 from edgeft.probe.machine import Machine, machine
-from edgeft.probe.synthetic import TYPES, Shape, narrow, sized, write_model
+from edgeft.probe.synthetic import TYPES, Shape, narrow, sized, wide, write_model
 from edgeft.progress import Silent
 
 PI = """processor\t: 0
@@ -65,7 +65,7 @@ def test_what_linux_says_of_a_board(tmp_path: Path) -> None:
 def made_up(shape: Shape, *, rate: float, gops: float, overhead: float, attention: float, file: Path) -> Timing:
     """What a machine of these figures would take."""
     facts = find_facts(str(write_model(file, shape)))
-    begun, past = (16, 1024) if shape.type == "Q8_0" and shape.width < 2048 else (128, 128)
+    begun, past = (16, 1024) if shape in (narrow(), wide()) else (128, 128)
 
     def seconds(tokens: int) -> float:
         kept = kv_bytes(facts, tokens) * facts.heads / facts.kv_heads
@@ -89,8 +89,15 @@ def test_figures_come_back_from_times(tmp_path: Path) -> None:
     small = made_up(narrow(), rate=9.0, gops=1.0, file=tmp_path / "narrow.gguf", **known)
     facts = {each.shape: find_facts(str(tmp_path / f"{each.shape.type}.gguf")) for each in timings}
     facts[small.shape] = find_facts(str(tmp_path / "narrow.gguf"))
-    found = profile(Seen(BOARD, 2, {2: timings[0]}, small, timings, 100.0), facts)
-    assert found.overhead and found.attention and found.storage
+    broad = made_up(wide(), rate=9.0, gops=1.0, overhead=40.0, attention=4.0, file=tmp_path / "wide.gguf")
+    facts[broad.shape] = find_facts(str(tmp_path / "wide.gguf"))
+    found = profile(Seen(BOARD, 2, {2: timings[0]}, small, timings, 100.0, broad), facts)
+    assert found.overhead and found.attention and found.storage and found.attention_wide
+    assert found.attention_wide.value == pytest.approx(4.0, rel=0.01)
+    past = token_seconds(facts[broad.shape], found, 1000)["attention"]
+    assert past == pytest.approx(kv_bytes(facts[broad.shape], 1000) * 4 / 4.0e9, rel=0.01)
+    past = token_seconds(facts[small.shape], found, 1000)["attention"]
+    assert past == pytest.approx(kv_bytes(facts[small.shape], 1000) * 3 / 6.0e9, rel=0.01)
     assert found.overhead.value == pytest.approx(40.0, rel=0.1)
     assert found.attention.value == pytest.approx(6.0, rel=0.01)
     for kind, (rate, gops) in shapes.items():

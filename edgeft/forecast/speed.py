@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgeft.device import BASES, DeviceProfile, Figure
 from edgeft.forecast.facts import ModelFacts
-from edgeft.forecast.memory import kv_bytes, repackable
+from edgeft.forecast.memory import KV_TYPES, kv_bytes, repackable
 
 _ATTENTION = 0.85
 """Attention over a token that is kept costs this many times its bytes and the query heads that share a key head:
 i7-12700H, Qwen2.5-0.5B 74 and 39 %, 1.5B 80 and 45 % of the speed at 2048 and 8192 tokens (llama-roofline)."""
+ROWS = (384, 1024)
+"""Bytes of one token's keys in a layer, of the probe's models for `attention` and for `attention_wide`."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,19 @@ def token_seconds(facts: ModelFacts, device: DeviceProfile, past: int = 0, kv_ty
 def _attention(facts: ModelFacts, device: DeviceProfile, past: int, kv_type: str) -> float:
     shared, kept = facts.heads / max(1, facts.kv_heads), kv_bytes(facts, past, kv_type)
     if device.attention:
-        return shared * kept / device.attention.value / 1e9
+        return shared * kept / _attention_rate(facts, device, kv_type) / 1e9
     return max(1.0, _ATTENTION * shared) * kept / device.bandwidth.value / 1e9
+
+
+def _attention_rate(facts: ModelFacts, device: DeviceProfile, kv_type: str) -> float:
+    """GB/s, between the two that were measured by the logarithm of the row; beyond them as the nearer one."""
+    assert device.attention
+    near = device.attention.value
+    if not device.attention_wide:
+        return near
+    row = min(max(max(facts.kv_values) / 2 * KV_TYPES[kv_type], ROWS[0]), ROWS[1])
+    share = math.log(row / ROWS[0]) / math.log(ROWS[1] / ROWS[0])
+    return float(near ** (1 - share) * device.attention_wide.value**share)
 
 
 def prefill(facts: ModelFacts, device: DeviceProfile, *, repack: bool = True) -> Range:

@@ -54,10 +54,13 @@ class Seen:
     timings: Sequence[Timing]
     storage: float | None
     """MB/s."""
+    broad: Timing | None = None
+    """Of a model with many heads side by side; None: there was no time for it."""
 
 
 def profile(seen: Seen, facts: Mapping[Shape, ModelFacts]) -> DeviceProfile:
-    attention = _attention(seen, facts[seen.small.shape])
+    attention = _attention(seen.small, facts[seen.small.shape])
+    broad = seen.broad
     fixed = Fixed(_overhead(seen, facts, attention), attention.value if attention else None)
     small_facts = facts[seen.small.shape]
     kernels = tuple(_kernel(timing, facts[timing.shape], small_facts, seen, fixed) for timing in seen.timings)
@@ -78,12 +81,15 @@ def profile(seen: Seen, facts: Mapping[Shape, ModelFacts]) -> DeviceProfile:
         decode_threads=_said(seen.threads, "fastest of " + _by_threads(seen)),
         memory=_said(found.memory, "the system's own count"),
         reserve=_said(found.in_use, "in use when it was measured"),
-        bandwidth=_timed(rates[len(rates) // 2], f"median of {len(kernels)} types", seen),
-        prefill=_timed(_median(plain), f"median of {len(plain)} types that are not repacked", seen),
-        prefill_repacked=_timed(_median(fast), f"median of {len(fast)} types that are", seen) if fast else None,
+        bandwidth=_timed(rates[len(rates) // 2], f"median of {len(kernels)} types", seen.small.runtime),
+        prefill=_timed(_median(plain), f"median of {len(plain)} types that are not repacked", seen.small.runtime),
+        prefill_repacked=_timed(_median(fast), f"median of {len(fast)} types that are", seen.small.runtime)
+        if fast
+        else None,
         storage=_said(round(seen.storage), "a file read that was not in memory") if seen.storage else None,
         attention=attention,
-        overhead=_timed(fixed.overhead * 1e6, "a model with short rows", seen),
+        attention_wide=_attention(broad, facts[broad.shape]) if broad and attention else None,
+        overhead=_timed(fixed.overhead * 1e6, "a model with short rows", seen.small.runtime),
         runtime=seen.small.runtime,
         flash_attention=bool(getattr(plugins.load("runtimes", seen.small.runtime), "flash_attention", True)),
         kernels=kernels,
@@ -95,9 +101,9 @@ def _said(value: float, source: str) -> Figure:
     return Figure(value, "measured", source)
 
 
-def _timed(value: float, what: str, seen: Seen) -> Figure:
+def _timed(value: float, what: str, runtime: str) -> Figure:
     day = date.today().isoformat()
-    return Figure(float(f"{value:.4g}"), "measured", f"{what}: edgeft devices probe with {seen.small.runtime}, {day}")
+    return Figure(float(f"{value:.4g}"), "measured", f"{what}: edgeft devices probe with {runtime}, {day}")
 
 
 def _median(figures: Sequence[Figure]) -> float:
@@ -150,8 +156,8 @@ def _kernel(timing: Timing, facts: ModelFacts, small_facts: ModelFacts, seen: Se
     what = f"{facts.bytes / 1e6:.0f} MB"
     return Kernel(
         timing.shape.type,
-        _timed(facts.streamed() / seconds / 1e9, what, seen),
-        _timed(2 * timing.shape.weights * timing.prompt_tps / 1e9, what, seen),
+        _timed(facts.streamed() / seconds / 1e9, what, seen.small.runtime),
+        _timed(2 * timing.shape.weights * timing.prompt_tps / 1e9, what, seen.small.runtime),
         _repacked(timing, facts, seen.small, small_facts),
     )
 
@@ -165,12 +171,11 @@ def _repacked(timing: Timing, facts: ModelFacts, small: Timing, small_facts: Mod
     return own - other > 0.5 * timing.shape.bytes
 
 
-def _attention(seen: Seen, facts: ModelFacts) -> Figure | None:
+def _attention(timing: Timing, facts: ModelFacts) -> Figure | None:
     """GB/s, once per query head, as `edgeft.forecast.speed` counts it; None when more tokens cost no more."""
-    small = seen.small
-    seconds = small.past_seconds - small.seconds
-    kept = kv_bytes(facts, small.past - small.begun) * facts.heads / facts.kv_heads
-    return _timed(kept / seconds / 1e9, f"{small.past} tokens kept", seen) if seconds > 0 else None
+    seconds = timing.past_seconds - timing.seconds
+    kept = kv_bytes(facts, timing.past - timing.begun) * facts.heads / facts.kv_heads
+    return _timed(kept / seconds / 1e9, f"{timing.past} tokens kept", timing.runtime) if seconds > 0 else None
 
 
 def _base(unfinished: DeviceProfile, small: Timing, facts: ModelFacts) -> Figure | None:

@@ -21,7 +21,7 @@ from edgeft.device import DeviceProfile
 from edgeft.forecast.find import find_facts
 from edgeft.probe.figures import TOKENS, Seen, Timing, profile
 from edgeft.probe.machine import machine
-from edgeft.probe.synthetic import Shape, narrow, sized, write_model
+from edgeft.probe.synthetic import Shape, narrow, sized, wide, write_model
 from edgeft.progress import Progress
 
 TYPES = ("Q4_0", "Q8_0", "F16", "Q4_K", "Q6_K", "Q5_0", "Q5_K", "Q4_1")
@@ -107,8 +107,10 @@ def probe(runtime: str, progress: Progress, start: Start = run) -> DeviceProfile
                 timings.append(bench.time(sized(type_, size), threads))
             progress.advance(1, type_)
         small = _faster(small, bench.time(narrow(), threads, (_SHORT, _PAST)))
-        seen = Seen(found, threads, sweep, small, timings, _storage(bench.write(sweep[threads].shape)))
-        facts = {each.shape: find_facts(str(bench.write(each.shape))) for each in (small, *timings)}
+        broad = bench.time(wide(), threads, (_SHORT, _PAST)) if time.monotonic() - began < _DEADLINE_S else None
+        seen = Seen(found, threads, sweep, small, timings, _storage(bench.write(sweep[threads].shape)), broad)
+        measured = [small, *timings, *([broad] if broad else [])]
+        facts = {each.shape: find_facts(str(bench.write(each.shape))) for each in measured}
     progress.finish()
     return profile(seen, facts)
 

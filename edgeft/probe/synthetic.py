@@ -96,6 +96,12 @@ def narrow() -> Shape:
     return Shape("Q8_0", 12, width=576, inner=1536, heads=9, kv_heads=3, vocabulary=32_768)
 
 
+def wide() -> Shape:
+    """The heads of models of a billion weights: four queries to a key, and eight keys side by side. One layer, whose
+    prompt is soon computed."""
+    return Shape("Q8_0", 1, width=2048, inner=2048, heads=32, kv_heads=8, vocabulary=2048)
+
+
 def _byte_characters() -> list[str]:
     """GPT-2's stand-in for every byte: itself where it can be printed."""
     shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
