@@ -15,8 +15,9 @@ from edgeft.errors import EdgeftError
 from edgeft.history import Conversation, History, open_or_begin_anew
 from edgeft.paths import history_file
 from edgeft.tui.conversation_view import ConversationView
+from edgeft.tui.inputs import since_key
 from edgeft.tui.model import Opened
-from edgeft.tui.talk import Prompt, Said
+from edgeft.tui.talk import Said
 
 FRAME_S = 0.04
 """Words that come sooner after the last ones are drawn with the next: drawing costs milliseconds, a token may not."""
@@ -57,13 +58,13 @@ async def write_answer(
     """
     text, drawn, usage, route = "", 0, None, None
     began = last = time.monotonic()
-    pause, prompt = FRAME_S, said.screen.query_one(Prompt)
+    pause = FRAME_S
     try:
         async for event in events:
             if event["event"] == "text":
                 text += event["text"]
                 now = time.monotonic()
-                if now - last < pause or (now - last < LONGEST_S and in_the_way(now - prompt.typed)):
+                if now - last < pause or (now - last < LONGEST_S and in_the_way(since_key())):
                     continue
                 await said.grow(text[drawn:])
                 if isinstance(said.parent, ConversationView):

@@ -7,9 +7,18 @@ and back: when a slow line or a busy machine delivers them together, "a, Backspa
 
 from __future__ import annotations
 
+import time
+
 from textual import events
 from textual.widget import Widget
 from textual.widgets import Input, TextArea
+
+_last_key = 0.0
+
+
+def since_key() -> float:
+    """Seconds since the last key in any field."""
+    return time.monotonic() - _last_key
 
 
 async def own_key(widget: Widget, event: events.Key) -> bool:
@@ -22,10 +31,16 @@ async def own_key(widget: Widget, event: events.Key) -> bool:
     return False
 
 
+def _heard() -> None:
+    global _last_key
+    _last_key = time.monotonic()
+
+
 class Field(Input):
     """One line."""
 
     async def _on_key(self, event: events.Key) -> None:
+        _heard()
         if not self.check_consume_key(event.key, event.character):
             await own_key(self, event)
 
@@ -34,5 +49,6 @@ class Area(TextArea):
     """Several lines."""
 
     async def _on_key(self, event: events.Key) -> None:
+        _heard()
         if not self.check_consume_key(event.key, event.character):
             await own_key(self, event)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -49,11 +48,8 @@ class Prompt(Area):
         super().__init__(
             id=id, soft_wrap=True, show_line_numbers=False, tab_behavior="focus", placeholder="Say something"
         )
-        self.typed = 0.0
-        """When the last key came, by the monotonic clock."""
 
     async def _on_key(self, event: events.Key) -> None:
-        self.typed = time.monotonic()
         if event.key == "enter":
             event.prevent_default()
             event.stop()
