@@ -112,7 +112,6 @@ def test_a_step_is_told_without_the_folder_it_writes_to() -> None:
     assert [event["note"] for event in said] == ["Write Model", "Torch Export: decode"]
 
 
-@pytest.mark.slow
 def with_outliers(folder: Path) -> Path:
     """The same model, but one channel of every norm's output is fifty times as large, as trained models have them: one
     scale for all of a token's activations then leaves little for the others."""
@@ -135,6 +134,7 @@ def with_outliers(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_rotation_costs_less_than_outliers_do(tmp_path: Path, toolchain_home: Path) -> None:
     need("litert", toolchain_home)
     hf, kl, size = with_outliers(write_letters(tmp_path / "hf", noise=0.1, logit=4.0)), {}, {}
