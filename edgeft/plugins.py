@@ -152,6 +152,10 @@ KvType = Literal["f16", "q8_0"]
 Overflow = Literal["refuse", "truncate-oldest"]
 
 
+LOADING = ("mmap", "repack", "flash_attention")
+"""Options of how a file is loaded that a runtime has to name, in `loading`, to be given them."""
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """How to load. None means: chosen by the runtime, which can say why."""
@@ -166,7 +170,7 @@ class LoadOptions:
     parallel: int = 1
     """Answers decoded together, each with `context` tokens of its own, where the runtime can; see `streams`."""
     mmap: bool | None = None
-    """Map the file instead of copying it. This one and the next two only for runtimes that name them in `loading`."""
+    """Map the file instead of copying it. See `LOADING`."""
     repack: bool | None = None
     """Copy weights into the order that the kernels for prompts want."""
     flash_attention: bool | None = None
@@ -266,7 +270,7 @@ def check_levers(runtime: Runtime, options: LoadOptions) -> None:
         raise UsageError(
             f"{runtime.name} has no prompt lookup", "Leave out --lookup, or take llama-cpp-python or xllamacpp."
         )
-    for name in ("mmap", "repack", "flash_attention"):
+    for name in LOADING:
         if getattr(options, name) is not None and name not in getattr(runtime, "loading", ()):
             flag = "--" + name.replace("_", "-")
             raise UsageError(

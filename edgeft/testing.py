@@ -328,7 +328,7 @@ class RuntimeConformance:
         if not guesses:
             refused(UsageError, lambda: plugins.check_levers(subject.plugin, LoadOptions(lookup=True)))
         ways = getattr(subject.plugin, "loading", ())
-        for name in {"mmap", "repack", "flash_attention"}.difference(ways):
+        for name in set(plugins.LOADING).difference(ways):
             asked: dict[str, Any] = {name: True}
             refused(UsageError, partial(plugins.check_levers, subject.plugin, LoadOptions(**asked)))
         levers: dict[str, Any] = {"kv_type": "q8_0" if "q8_0" in kinds else None, "lookup": True if guesses else None}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgeft.artifact import Artifact
 from edgeft.errors import MissingDependency, ModelError, PluginError
-from edgeft.plugins import KvType, LoadOptions, Session, Support
+from edgeft.plugins import LOADING, KvType, LoadOptions, Session, Support
 
 from .llama_api import open_library
 from .llama_session import LlamaSession
@@ -24,7 +24,7 @@ class LlamaRuntime:
     """Whether the library's own choice, flash attention wherever it can, is the faster one."""
     kv_types: Sequence[KvType] = ("f16", "q8_0")
     lookup: bool = True
-    loading: Sequence[str] = ("mmap", "repack", "flash_attention")
+    loading: Sequence[str] = LOADING
 
     def supports(self, artifact: Artifact) -> Support:
         if not artifact.path.is_file() or not _is_gguf(artifact.path):

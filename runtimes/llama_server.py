@@ -21,9 +21,10 @@ from typing import IO
 
 from edgeft.artifact import Artifact
 from edgeft.errors import EdgeftError, MissingDependency, ModelError, Unreachable, UsageError
-from edgeft.plugins import AdapterScale, KvType, LoadOptions, Session, Support
+from edgeft.plugins import LOADING, AdapterScale, KvType, LoadOptions, Session, Support
 
 from .cores import available_cores, physical_cores
+from .llama_load import uses_flash_attention
 from .llama_runtime import _is_gguf
 from .llama_server_session import LlamaServerSession
 from .openai_client import ChatClient, Endpoint, parse_endpoint
@@ -46,7 +47,7 @@ def find_program() -> Path | None:
 class LlamaServerRuntime:
     name: str = "llama-server"
     kv_types: Sequence[KvType] = ("f16", "q8_0")
-    loading: Sequence[str] = ("mmap", "repack", "flash_attention")
+    loading: Sequence[str] = LOADING
     lacks: Mapping[str, str] = field(
         default_factory=lambda: {
             "tokens": "the server sends characters of several tokens as one",
@@ -80,8 +81,7 @@ class LlamaServerRuntime:
         program = find_program()
         if program is None:
             raise MissingDependency("there is no llama-server program", _INSTALL)
-        if options.kv_type == "q8_0" and options.flash_attention is False:
-            raise UsageError("only flash attention reads quantized values", "Leave out --flash-attention or --kv-type.")
+        uses_flash_attention(options, default=True)  # refuses what contradicts itself, before anything is started
         child = Child(program, artifact.path, options)
         try:
             child.start()

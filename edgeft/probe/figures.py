@@ -60,7 +60,7 @@ class Seen:
 
 def profile(seen: Seen, facts: Mapping[Shape, ModelFacts]) -> DeviceProfile:
     attention = _attention(seen.small, facts[seen.small.shape])
-    broad = seen.broad
+    broad, runtime = seen.broad, seen.small.runtime
     fixed = Fixed(_overhead(seen, facts, attention), attention.value if attention else None)
     small_facts = facts[seen.small.shape]
     kernels = tuple(_kernel(timing, facts[timing.shape], small_facts, seen, fixed) for timing in seen.timings)
@@ -81,17 +81,15 @@ def profile(seen: Seen, facts: Mapping[Shape, ModelFacts]) -> DeviceProfile:
         decode_threads=_said(seen.threads, "fastest of " + _by_threads(seen)),
         memory=_said(found.memory, "the system's own count"),
         reserve=_said(found.in_use, "in use when it was measured"),
-        bandwidth=_timed(rates[len(rates) // 2], f"median of {len(kernels)} types", seen.small.runtime),
-        prefill=_timed(_median(plain), f"median of {len(plain)} types that are not repacked", seen.small.runtime),
-        prefill_repacked=_timed(_median(fast), f"median of {len(fast)} types that are", seen.small.runtime)
-        if fast
-        else None,
+        bandwidth=_timed(rates[len(rates) // 2], f"median of {len(kernels)} types", runtime),
+        prefill=_timed(_median(plain), f"median of {len(plain)} types that are not repacked", runtime),
+        prefill_repacked=_timed(_median(fast), f"median of {len(fast)} types that are", runtime) if fast else None,
         storage=_said(round(seen.storage), "a file read that was not in memory") if seen.storage else None,
         attention=attention,
         attention_wide=_attention(broad, facts[broad.shape]) if broad and attention else None,
-        overhead=_timed(fixed.overhead * 1e6, "a model with short rows", seen.small.runtime),
-        runtime=seen.small.runtime,
-        flash_attention=bool(getattr(plugins.load("runtimes", seen.small.runtime), "flash_attention", True)),
+        overhead=_timed(fixed.overhead * 1e6, "a model with short rows", runtime),
+        runtime=runtime,
+        flash_attention=bool(getattr(plugins.load("runtimes", runtime), "flash_attention", True)),
         kernels=kernels,
     )
     return replace(unfinished, base=_base(unfinished, seen.small, facts[seen.small.shape]))

@@ -34,9 +34,9 @@ LONGEST_S = 1.0
 Adapters = Sequence[tuple[str, float]]
 
 
-def in_the_way(since_key: float) -> bool:
+def in_the_way(seconds: float) -> bool:
     """Whether drawing now could keep a key waiting, so many seconds after the last one."""
-    return since_key < TYPING_S and not BETWEEN_S[0] <= since_key <= BETWEEN_S[1]
+    return seconds < TYPING_S and not BETWEEN_S[0] <= seconds <= BETWEEN_S[1]
 
 
 async def write_answer(

@@ -493,13 +493,8 @@ to copy, edit or branch at any of them."""
     def _status(self, doing: str = "") -> None:
         """What changes comes first: a narrow window cuts the end."""
         opened = self._opened
-        parts = (
-            figures(opened, self._usage, doing, plain=self.app.has_class("plain"))
-            if opened
-            else [doing]
-            if doing
-            else []
-        )
+        plain = self.app.has_class("plain")
+        parts = figures(opened, self._usage, doing, plain=plain) if opened else [doing] if doing else []
         parts.append(Path(self.model).name)
         if opened:
             parts.append(opened.runtime)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 
 from textual import events
-from textual.widget import Widget
 from textual.widgets import Input, TextArea
 
 _last_key = 0.0
@@ -21,34 +20,28 @@ def since_key() -> float:
     return time.monotonic() - _last_key
 
 
-async def own_key(widget: Widget, event: events.Key) -> bool:
-    """Do what the widget itself binds the key to; whether it binds it."""
-    for binding in widget._bindings.key_to_bindings.get(event.key, ()):
-        if not binding.priority and await widget.app.run_action(binding.action, widget):
-            event.stop()
-            event.prevent_default()
-            return True
-    return False
-
-
-def _heard() -> None:
+async def own_key(field: Input | TextArea, event: events.Key) -> None:
+    """Do what the field itself binds the key to, if it does and the key is not one that it writes."""
     global _last_key
     _last_key = time.monotonic()
+    if field.check_consume_key(event.key, event.character):
+        return
+    for binding in field._bindings.key_to_bindings.get(event.key, ()):
+        if not binding.priority and await field.app.run_action(binding.action, field):
+            event.stop()
+            event.prevent_default()
+            return
 
 
 class Field(Input):
     """One line."""
 
     async def _on_key(self, event: events.Key) -> None:
-        _heard()
-        if not self.check_consume_key(event.key, event.character):
-            await own_key(self, event)
+        await own_key(self, event)
 
 
 class Area(TextArea):
     """Several lines."""
 
     async def _on_key(self, event: events.Key) -> None:
-        _heard()
-        if not self.check_consume_key(event.key, event.character):
-            await own_key(self, event)
+        await own_key(self, event)
